@@ -1,0 +1,1 @@
+"""Where samples come from: procedural rooms, real data sets, transforms and loaders."""

@@ -1,0 +1,1 @@
+"""The papers' losses as functions of tensors; nothing here knows a network."""

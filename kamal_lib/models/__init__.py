@@ -1,0 +1,1 @@
+"""Networks as lists of blocks from Activation to Activation."""

@@ -1,0 +1,1 @@
+"""Pictures and tables: data in; Figure, DataFrame or Widget out."""
