@@ -1,0 +1,78 @@
+"""The teachers' losses, Eqs. 1 to 3 of Ye et al. (section 4), which the student's Eq. 6 uses again.
+
+Every mean is taken per image over its valid pixels, and then over the images that have any: an image with few
+valid pixels counts as much as one with many, and one with none does not count.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kamal_lib.sample import VOID
+
+
+def image_mean(
+    values: Float[Tensor, "batch height width"], valid: Bool[Tensor, "batch height width"]
+) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """(mean over the valid pixels of each image, whether the image has any); the mean is 0 where it has none."""
+    count = valid.sum(dim=(1, 2))
+    total = torch.where(valid, values, 0).sum(dim=(1, 2))
+    return total / count.clamp(min=1), count > 0
+
+
+def batch_mean(per_image: Float[Tensor, " batch"], counts: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Mean over the images that count; 0, still differentiable, where none does."""
+    return torch.where(counts, per_image, 0).sum() / counts.sum().clamp(min=1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32, in which softmax and losses are computed; the rest stays as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cross_entropy(
+    response: Float[Tensor, "batch classes height width"], labels: Int[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
+    """Eq. 1 without its regulariser: ℓ(S*, S) averaged over the labelled pixels, in nats.
+
+    `labels` hold class ids, or `VOID`. The term λR(θ) is the optimiser's weight decay. Raises ValueError for a
+    label that is neither a class nor `VOID`.
+    """
+    classes = response.shape[1]
+    valid = labels != VOID
+    if bool((valid & ((labels < 0) | (labels >= classes))).any()):
+        seen = sorted(set(labels[valid].unique().tolist()) - set(range(classes)))
+        raise ValueError(
+            f"labels {seen} are outside 0..{classes - 1} and not {VOID} (void): "
+            f"the network has {classes} classes; was the data set opened with another number of classes?"
+        )
+    pixel = F.cross_entropy(at_least_float32(response), labels.long(), ignore_index=VOID, reduction="none")
+    return batch_mean(*image_mean(pixel, valid))
+
+
+def expected_depth(
+    response: Float[Tensor, "batch bins height width"], *, bin_length: float
+) -> Float[Tensor, "batch height width"]:
+    """Eq. 2: D = Σ_b b · l · p(b | x), b = 1..N_d, in metres; p is the softmax of the response over the bins.
+
+    As printed, bin b stands for its far edge b·l, not for its centre (b − ½)·l.
+    """
+    p = at_least_float32(response).softmax(dim=1)
+    edges = bin_length * torch.arange(1, response.shape[1] + 1, device=p.device, dtype=p.dtype)
+    return torch.einsum("nbhw,b->nhw", p, edges)
+
+
+def depth_loss(
+    depth: Float[Tensor, "batch height width"], target: Float[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
+    """Eq. 3: (1/N) Σ d² − (1/2N²) (Σ d)² with d = target − depth, on linear metres; N counts valid pixels.
+
+    Equal to Var(d) + ½ mean(d)²: a shift by c costs ½c², half of what the squared error charges. Pixels with
+    target 0 (unknown) are left out.
+    """
+    valid = target > 0
+    d = target - at_least_float32(depth)
+    squares, counts = image_mean(d**2, valid)
+    shift, _ = image_mean(d, valid)
+    return batch_mean(squares - shift**2 / 2, counts)

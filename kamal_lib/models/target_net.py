@@ -1,0 +1,115 @@
+"""TargetNet: one encoder, a shared part of the decoder, and a branch for each task (Ye et al., section 5.1.3)."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kamal_lib.models.blocks import Activation
+from kamal_lib.models.coding import ChannelCoding
+from kamal_lib.models.encoder_decoder import EncoderDecoder, check_block, normalise
+
+
+class Branch(nn.Module):
+    """What follows the trunk for one task: its coding at block `point`, blocks point+1..N, and its head."""
+
+    def __init__(self, point: int, coding: ChannelCoding, blocks: Sequence[nn.Module], head: nn.Module):
+        super().__init__()
+        self.point = point
+        self.coding = coding
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+
+    def forward(self, trunk: Activation) -> Tensor:
+        """The task's response to F^point of the trunk."""
+        return self.forward_from(trunk.with_features(self.coding(trunk.features)), self.point)
+
+    def forward_from(self, activation: Activation, n: int) -> Tensor:
+        """The task's response when `activation` takes the place of this branch's block n >= point, uncoded."""
+        for block in self.blocks[n - self.point :]:
+            activation = block(activation)
+        return self.head(activation.features)
+
+
+class TargetNet(nn.Module):
+    """The student after it has branched out; it can itself be a teacher.
+
+    The trunk is blocks 1..max(branch points). `forward_from(activation, n)` with n up to a task's branch point
+    goes trunk, coding, branch; beyond it, `activation` replaces the output of that task's own branch block n.
+    """
+
+    def __init__(self, trunk: Sequence[nn.Module], branches: Mapping[str, Branch]):
+        super().__init__()
+        last = max(branch.point for branch in branches.values())
+        if len(trunk) != last:
+            raise ValueError(
+                f"the trunk has {len(trunk)} blocks, but the last branch leaves it at block {last}: "
+                f"keep exactly blocks 1..{last}"
+            )
+        self.trunk = nn.ModuleList(trunk)
+        self.branches = nn.ModuleDict(dict(branches))
+
+    @property
+    def branch_points(self) -> dict[str, int]:
+        """{task: p}, the trunk block whose features the task's branch reads."""
+        return {task: branch.point for task, branch in self._branches()}
+
+    def _branches(self) -> list[tuple[str, Branch]]:
+        return list(self.branches.items())  # pyright: ignore[reportReturnType]
+
+    def forward_to(self, image: Float[Tensor, "batch 3 height width"], n: int) -> Activation:
+        """The trunk's F^n. Raises ValueError for n outside 0..first branch point, where the tasks part."""
+        check_block(n, min(self.branch_points.values()))
+        activation = Activation(normalise(image))
+        for block in self.trunk[:n]:
+            activation = block(activation)
+        return activation
+
+    def forward_from(self, activation: Activation, n: int) -> dict[str, Tensor]:
+        """The responses when `activation` takes the place of block n's output. Raises ValueError for a bad n."""
+        blocks = {branch.point + len(branch.blocks) for _, branch in self._branches()}
+        check_block(n, max(blocks))
+        responses = {
+            task: branch.forward_from(activation, n) for task, branch in self._branches() if branch.point < n
+        }
+        for m in range(n, len(self.trunk) + 1):
+            if m > n:
+                activation = self.trunk[m - 1](activation)
+            responses |= {t: branch(activation) for t, branch in self._branches() if branch.point == m}
+        return {task: responses[task] for task in self.branch_points}
+
+    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[str, Tensor]:
+        """{task: response}, each batch × channels × height × width."""
+        return self.forward_from(self.forward_to(image, 0), 0)
+
+
+def branch_out(
+    student: EncoderDecoder,
+    codings: Mapping[str, Sequence[ChannelCoding]],
+    teachers: Mapping[str, EncoderDecoder],
+    points: Mapping[str, int],
+) -> TargetNet:
+    """Step 4 of section 5.1: the student's trunk, and the corresponding blocks of the teachers as branches.
+
+    codings[task][n - 1] is the task's coding at block n, points[task] its branch block. Everything is copied:
+    fine-tuning the result changes neither student nor teachers. Raises ValueError for a branch outside the
+    decoder, N/2 < p <= N.
+    """
+    total = len(student.blocks)
+    for task, point in points.items():
+        if not total // 2 < point <= total:
+            raise ValueError(
+                f"{task} cannot branch out at block {point}: the decoder's blocks are "
+                f"{total // 2 + 1}..{total} (Eq. 7)"
+            )
+    branches = {
+        task: Branch(
+            point,
+            deepcopy(codings[task][point - 1]),
+            deepcopy(list(teachers[task].blocks[point:])),
+            deepcopy(teachers[task].heads[task]),
+        )
+        for task, point in points.items()
+    }
+    return TargetNet(deepcopy(list(student.blocks[: max(points.values())])), branches)

@@ -1,0 +1,110 @@
+"""A task knows what a network's response means: channels, decoding, loss, target and metrics.
+
+A target comes from a sample by one rule, whoever made the sample: the ground truth for a teacher, the teachers'
+decoded predictions for a student. Nothing that learns can tell the two apart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from kamal_lib.losses.dense import cross_entropy, depth_loss, expected_depth
+from kamal_lib.metrics import DepthErrors, SegmentationScores
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What every task offers. `key` is the entry of a sample that holds its target."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def channels(self) -> int: ...
+    def decode(self, response: Tensor) -> Tensor: ...
+    def loss(self, response: Tensor, target: Tensor) -> Tensor: ...
+    def metric(self) -> Metric: ...
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Scene parsing: one channel a class, S = arg max, cross-entropy (Ye et al., Eq. 1)."""
+
+    classes: tuple[str, ...]
+    key = "labels"
+
+    @property
+    def channels(self) -> int:
+        """One logit a class."""
+        return len(self.classes)
+
+    def decode(self, response: Tensor) -> Tensor:
+        """Class ids, batch × height × width: the one-hot S that supervises the student."""
+        return response.argmax(dim=1)
+
+    def loss(self, response: Tensor, target: Tensor) -> Tensor:
+        """Eq. 1 in nats."""
+        return cross_entropy(response, target)
+
+    def metric(self) -> Metric:
+        """mIoU and pixel accuracy of a whole set."""
+        return SegmentationScores(self.channels)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Depth estimation by classification into `bins` bins of `bin_length` metres (Ye et al., Eqs. 2 and 3)."""
+
+    bins: int = 40
+    bin_length: float = 0.25
+    key = "depth"
+
+    @property
+    def channels(self) -> int:
+        """One logit a bin."""
+        return self.bins
+
+    def decode(self, response: Tensor) -> Tensor:
+        """Metres, batch × height × width: Eq. 2."""
+        return expected_depth(response, bin_length=self.bin_length)
+
+    def loss(self, response: Tensor, target: Tensor) -> Tensor:
+        """Eq. 3 in square metres."""
+        return depth_loss(self.decode(response), target)
+
+    def metric(self) -> Metric:
+        """abs rel, sqr rel and δ^k of a whole set."""
+        return DepthErrors()
+
+
+def task_losses(
+    tasks: Mapping[str, Task],
+    responses: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
+    weights: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """{task: λ_task · loss} of every response. Raises KeyError where the batch has no target for a task."""
+    losses = {}
+    for name, response in responses.items():
+        task = tasks[name]
+        if task.key not in batch:
+            raise KeyError(
+                f"the {name} loss needs {task.key!r} in every sample, got {sorted(batch)}: "
+                f"unlabelled images must first be given their teachers' predictions"
+            )
+        losses[name] = weights.get(name, 1.0) * task.loss(response, batch[task.key])
+    return losses
+
+
+class DirectObjective(nn.Module):
+    """A whole network against the targets of the samples: how teachers learn, and how a TargetNet is fine-tuned."""
+
+    def __init__(self, network: nn.Module, tasks: Mapping[str, Task], weights: Mapping[str, float] | None = None):
+        super().__init__()
+        self.network, self.tasks, self.weights = network, dict(tasks), dict(weights or {})
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """{task: loss}."""
+        return task_losses(self.tasks, self.network(batch["image"]), batch, self.weights)

@@ -1,0 +1,74 @@
+"""Curves: how losses and metrics fall over training, and over the blocks of the student."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+from kamal_lib.viz.panels import Picture
+
+STYLES = (
+    *(("#0072b2", "-", "o"), ("#d55e00", "--", "s"), ("#009e73", "-.", "^")),
+    *(("#cc79a7", ":", "D"), ("#56b4e9", "-", "v"), ("#000000", "--", "x")),
+)
+"""Colour (Okabe and Ito), dashes and marker of each curve: any one of the three tells neighbours apart."""
+
+
+def learning_curves(
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    key: str,
+    *,
+    over: str = "epoch",
+    label: str | None = None,
+) -> Picture:
+    """One curve a history: its rows' `key` against their `over`; rows without `key` are left out.
+
+    label  of the vertical axis, with the unit; None: `key`
+    Raises ValueError where a history has no row with both.
+    """
+    figure = Picture(figsize=(6, 3.2), layout="constrained")
+    ax = figure.subplots()
+    ends = []
+    for (name, rows), (colour, dashes, marker) in zip(histories.items(), cycle(STYLES), strict=False):
+        points = [(row[over], row[key]) for row in rows if key in row and over in row]
+        if not points:
+            keys = sorted({k for row in rows for k in row})
+            raise ValueError(f"no row of {name!r} has both {key!r} and {over!r}: it has {keys}")
+        x, y = zip(*points, strict=True)
+        ax.plot(x, y, color=colour, linestyle=dashes, marker=marker, markersize=4, label=name)
+        ends.append(f"{name} from {y[0]:.3g} to {y[-1]:.3g}")
+    ax.set(xlabel=over, ylabel=label or key)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=9)
+    figure.alt = f"Curves of {label or key} over {over}: {'; '.join(ends)}."
+    return figure
+
+
+def block_losses(
+    losses: Mapping[str, Sequence[float]], branch: Mapping[str, int], *, decoder_from: int
+) -> Picture:
+    """The losses on held-out images that Eq. 7 of Ye et al. compares, a small axis a task.
+
+    losses        {task: L^1 ... L^N}, NaN for a block that was not trained
+    branch        {task: p}, the block that was chosen; it is marked
+    decoder_from  number of the first decoder block, N/2 + 1; from there on the axis is shaded
+    Raises ValueError for a branch that is missing, or is no block.
+    """
+    figure = Picture(figsize=(min(3.2 * len(losses), 9.5), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(losses), squeeze=False)[0]
+    for ax, (task, values) in zip(axes, losses.items(), strict=True):
+        point = branch.get(task)
+        if point is None or not 1 <= point <= len(values):
+            raise ValueError(f"{task} needs a branch among its blocks 1..{len(values)}, got {point}")
+        blocks = range(1, len(values) + 1)
+        ax.axvspan(decoder_from - 0.5, len(values) + 0.5, color="0.92", label="decoder")
+        ax.plot(blocks, values, color=STYLES[0][0], marker="o", markersize=4)
+        ax.plot(
+            point, values[point - 1], "*", color=STYLES[1][0], markersize=15, label=f"branch: n = {point}"
+        )
+        ax.set(xlabel="block n", ylabel="held-out loss", xticks=blocks, xlim=(0.5, len(values) + 0.5))
+        ax.set_title(task, fontsize=10)
+        ax.legend(fontsize=8)
+    chosen = ", ".join(
+        f"{task} at block {branch[task]} ({losses[task][branch[task] - 1]:.3g})" for task in losses
+    )
+    figure.alt = f"Held-out loss of each block, the decoder's from block {decoder_from} on; chosen: {chosen}."
+    return figure

@@ -1,0 +1,44 @@
+"""Widgets for live notebooks, each with a static twin for readers without a kernel."""
+
+from collections.abc import Sequence
+
+import ipywidgets
+from IPython.display import display
+
+from kamal_lib.sample import Sample
+from kamal_lib.viz.panels import Picture, grid, scene_panel
+
+VIEWS = ("image", "labels", "depth", "normals", "boxes")
+
+
+def draw(
+    sample: Sample, view: str, class_names: Sequence[str], *, depth_range: tuple[float, float] | None = None
+) -> Picture:
+    """One view of one scene: what `scene_browser` shows, as a plain figure.
+
+    Raises ValueError for a view that is none of `VIEWS`, or that the sample does not hold.
+    """
+    panel = scene_panel(sample, view, view)
+    return grid([[panel]], class_names=class_names, depth_range=depth_range, width=4.5)
+
+
+def scene_browser(samples: Sequence[Sample], class_names: Sequence[str]) -> ipywidgets.Widget:
+    """A slider over scenes, a choice of view, and the picture; the views are those that every sample holds.
+
+    All depths share one range of colours. Raises ValueError where no view is common to all.
+    """
+    views = [view for view in VIEWS if samples and all(view in sample for sample in samples)]
+    if not views:
+        raise ValueError(f"a browser needs samples with a common view, got {[sorted(s) for s in samples]}")
+    depths = [sample["depth"] for sample in samples if "depth" in sample]
+    known = [depth[depth > 0] for depth in depths if (depth > 0).any()]
+    depth_range = (min(d.min().item() for d in known), max(d.max().item() for d in known)) if known else None
+
+    def show(scene: int, view: str) -> None:
+        display(draw(samples[scene], view, class_names, depth_range=depth_range))
+
+    scene = ipywidgets.IntSlider(0, 0, len(samples) - 1, description="scene", continuous_update=False)
+    view = ipywidgets.Dropdown(options=views, description="show")
+    picture = ipywidgets.interactive_output(show, {"scene": scene, "view": view})
+    picture.layout.height = "480px"
+    return ipywidgets.VBox([ipywidgets.HBox([scene, view]), picture])

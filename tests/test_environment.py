@@ -1,0 +1,49 @@
+"""The three places that name dependencies agree with each other and with what is installed."""
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ASKED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return {canonicalize_name(each.name): each for each in map(Requirement, filter(None, lines))}
+
+
+def test_conda_environment_equals_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    *conda, pip = environment
+    assert conda == [f"python{PROJECT['requires-python']}", "pip"]
+    options = [line for line in pip["pip"] if line.startswith("-")]
+    assert options == ["-c constraints.txt", "-e ."]
+    assert sorted(line for line in pip["pip"] if line not in options) == sorted(ASKED)
+
+
+def test_every_direct_dependency_has_one_exact_tested_version():
+    tested = constraints()
+    for asked in map(Requirement, ASKED):
+        (pin,) = tested[canonicalize_name(asked.name)].specifier
+        assert pin.operator == "=="
+        assert asked.specifier.contains(pin.version), f"{asked} excludes the tested {pin.version}"
+
+
+def test_installed_versions_are_the_tested_ones():
+    tested, other = constraints(), []
+    for asked in map(Requirement, ASKED):
+        installed = importlib.metadata.version(asked.name)
+        assert asked.specifier.contains(installed, prereleases=True), (
+            f"{installed} is installed, {asked} needed"
+        )
+        if not tested[canonicalize_name(asked.name)].specifier.contains(installed):
+            other.append(f"{asked.name} {installed}")
+    if other:
+        pytest.skip(f"within the bounds, but not the tested versions: {', '.join(other)}")
