@@ -97,7 +97,7 @@ def fit(
                 losses: dict[str, Tensor] = model(to_device(fabric, batch))
                 total = torch.stack(list(losses.values())).sum()
                 if not bool(torch.isfinite(total)):
-                    seen = {name: round(float(loss), 4) for name, loss in losses.items()}
+                    seen = {name: round(float(loss.detach()), 4) for name, loss in losses.items()}
                     raise FloatingPointError(
                         f"{title}: the loss is not finite at step {step} of {steps}: {seen}; "
                         f"lower the learning rate ({schedule.learning_rate}) or look at the batch's targets"

@@ -108,7 +108,7 @@ class CommonStart(Recipe):
 
     def train(self, work: Work) -> Result:
         """Draws blocks 1..N."""
-        return Result(build_network(self.architecture, {}, seed=self.seed).state_dict(), {}, [])
+        return Result(build_network(self.architecture, {}, seed=self.seed).blocks.state_dict(), {}, [])
 
 
 @dataclass(frozen=True)
@@ -127,17 +127,21 @@ class TaskTeacher(Recipe):
     def name(self) -> str:
         return f"{self.task}-teacher"
 
+    def fresh(self) -> EncoderDecoder:
+        """The network before training, its blocks still to be given the common start."""
+        channels = tasks_of(self.data)[self.task].channels
+        return build_network(self.start.architecture, {self.task: channels}, seed=self.start.seed)
+
     def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> EncoderDecoder:
         """The network with the given weights."""
-        channels = tasks_of(self.data)[self.task].channels
-        network = build_network(self.start.architecture, {self.task: channels}, seed=self.start.seed)
-        network.load_state_dict(dict(weights), strict=len(weights) > 0)
-        return network
+        network = self.fresh()
+        network.load_state_dict(dict(weights))
+        return network.eval()
 
     def train(self, work: Work) -> Result:
         """Eq. 1 or Eq. 3 against the ground truth, with flips and, where `scale` says so, scaled crops."""
-        network = self.build({}, {})
-        network.load_state_dict(work.load(self.start).weights(), strict=False)
+        network = self.fresh()
+        network.blocks.load_state_dict(work.load(self.start).weights())
         objective = DirectObjective(network, tasks_of(self.data))
         augment = train_transform(self.data.size, scale=self.scale, flip=0.5)
         history = fit(
@@ -251,6 +255,7 @@ class StudentBlock(Recipe):
         student, codings = self.amalgamation.fresh()
         both = nn.ModuleDict({"student": student} | {t: nn.ModuleList(c) for t, c in codings.items()})
         both.load_state_dict(dict(weights))
+        both.eval()
         return student, codings
 
     def train(self, work: Work) -> Result:
@@ -263,8 +268,10 @@ class StudentBlock(Recipe):
             losses = before.metrics["losses"]
         else:
             student, codings = plan.fresh()
-            common = work.load(plan.teachers[0].start).weights()
-            student.load_state_dict(common if plan.start == "common" else teachers[plan.start].state_dict(), strict=False)
+            common = plan.start == "common"
+            student.blocks.load_state_dict(
+                work.load(plan.teachers[0].start).weights() if common else teachers[plan.start].blocks.state_dict()
+            )
         objective = BlockObjective(
             student,
             teachers,
@@ -312,10 +319,10 @@ class BranchedStudent(Recipe):
     def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> TargetNet:
         """The network with the given weights, branched as `metrics` say."""
         student, codings = self.amalgamation.fresh()
-        teachers = {t.task: t.build({}, {}) for t in self.amalgamation.teachers}
+        teachers = {t.task: t.fresh() for t in self.amalgamation.teachers}
         target_net = branch_out(student, codings, teachers, metrics["branch_points"])
         target_net.load_state_dict(dict(weights))
-        return target_net
+        return target_net.eval()
 
     def train(self, work: Work) -> Result:
         """Eq. 7, branch out, then fine-tuning of the whole network against the teachers' predictions."""

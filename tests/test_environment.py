@@ -1,6 +1,8 @@
 """The three places that name dependencies agree with each other and with what is installed."""
 
+import ast
 import importlib.metadata
+import sys
 import tomllib
 from pathlib import Path
 
@@ -26,6 +28,18 @@ def test_conda_environment_equals_pyproject():
     options = [line for line in pip["pip"] if line.startswith("-")]
     assert options == ["-c constraints.txt", "-e ."]
     assert sorted(line for line in pip["pip"] if line not in options) == sorted(ASKED)
+
+
+@pytest.mark.parametrize(("folder", "asked"), [("kamal_lib", PROJECT["dependencies"]), ("tests", ASKED)])
+def test_everything_imported_is_asked_for(folder: str, asked: list[str]):
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {each.name for node in nodes if isinstance(node, ast.Import) for each in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"kamal_lib", ""}
+    providers = importlib.metadata.packages_distributions()
+    declared = {canonicalize_name(Requirement(each).name) for each in asked}
+    assert [m for m in sorted(modules) if not declared & set(map(canonicalize_name, providers[m]))] == []
 
 
 def test_every_direct_dependency_has_one_exact_tested_version():

@@ -7,15 +7,12 @@ from hypothesis import strategies as st
 
 from kamal_lib.models.blocks import Activation, Switch
 from kamal_lib.models.coding import ChannelCoding
+from kamal_lib.models.cost import multiply_adds, parameters
 from kamal_lib.models.encoder_decoder import SLIM, VGG16, Architecture, build_network
 from kamal_lib.models.target_net import TargetNet, branch_out
 
 TINY = Architecture(widths=(4, 6, 8), convs=(2, 1, 2), pools=(True, False, True))
 HEADS = {"segmentation": 5, "depth": 3}
-
-
-def parameters(*modules: torch.nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -242,6 +239,21 @@ def test_a_trunk_longer_than_the_last_branch():
     net = branched({"segmentation": 5, "depth": 4})
     with pytest.raises(ValueError, match="keep exactly blocks 1..5"):
         TargetNet([*net.trunk, fresh({}).blocks[5]], dict(net.branches.items()))
+
+
+def test_multiply_adds_of_convolutions_by_hand():
+    """Each block of TINY at the size its convolutions see, then the head; 9 weights a channel pair and pixel."""
+    network = build_network(TINY, {"depth": 3}, seed=0)
+    full, half, quarter = 24 * 32, 12 * 16, 6 * 8
+    encoder = full * (3 * 4 + 4 * 4) + half * (4 * 6) + half * (6 * 8 + 8 * 8)
+    decoder = half * (8 * 8 + 8 * 6) + half * (6 * 4) + full * (4 * 4)
+    assert quarter * 4 == half  # the last pool feeds a block that un-pools first: nothing is computed there
+    assert multiply_adds(network, (24, 32)) == 9 * (encoder + decoder + full * 4 * 3)
+
+
+def test_shared_parameters_count_once():
+    layer = torch.nn.Linear(3, 2)
+    assert parameters(layer, torch.nn.Sequential(layer, torch.nn.Linear(2, 1))) == 8 + 3
 
 
 def test_slim_is_slim():

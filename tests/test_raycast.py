@@ -48,7 +48,9 @@ def oracle(solids: Solids, x: np.ndarray, y: np.ndarray):
     face, ray, spot = RayMeshIntersector(scene).intersects_id(
         np.zeros_like(direction), direction, return_locations=True, multiple_hits=False
     )
-    index, depth, normal = (np.full((len(direction), *s), f) for s, f in (((), -1), ((), np.inf), ((3,), 0.0)))
+    index, depth, normal = (
+        np.full((len(direction), *s), f) for s, f in (((), -1), ((), np.inf), ((3,), 0.0))
+    )
     index[ray], depth[ray] = np.array(owner)[face], spot[:, 2]
     a, b, c = (scene.vertices[scene.faces[face, k]] for k in range(3))
     across = np.cross(b - a, c - a)
@@ -105,7 +107,7 @@ def test_wall_depth_in_closed_form():
 
 
 def test_ball_and_its_silhouette_in_closed_form():
-    """A ball of radius r at distance z is met at z - r, and covers the directions with tan² < r²/(z² - r²)."""
+    """Radius r at distance z: met at z - r, and covers the directions with tan² < r²/(z² - r²)."""
     ball = Solids(np.array([ELLIPSOID]), np.array([[0.0, 0.0, 4.0]]), np.eye(3)[None] * 1.5, np.ones(1))
     x, y = image_plane(101, 101, FOCAL)
     hits = cast(ball, x, y)
@@ -139,8 +141,9 @@ def test_normals_agree_with_depth():
     derived /= np.maximum(np.linalg.norm(derived, axis=-1, keepdims=True), 1e-12)
     here, beside, below = normals[:-1, :-1], normals[:-1, 1:], normals[1:, :-1]
     one_face = (np.abs(here - beside).max(-1) < 1e-5) & (np.abs(here - below).max(-1) < 1e-5)
-    one_solid = (hits.index[:-1, :-1] == hits.index[:-1, 1:]) & (hits.index[:-1, :-1] == hits.index[1:, :-1])
-    where = one_face & one_solid & (hits.index[:-1, :-1] >= 0)
+    index = hits.index[:-1, :-1]
+    one_solid = (index == hits.index[:-1, 1:]) & (index == hits.index[1:, :-1]) & (index >= 0)
+    where = one_face & one_solid
     assert where.sum() > 500
     np.testing.assert_allclose(derived[where], here[where], atol=5e-3)
 

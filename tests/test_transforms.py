@@ -155,7 +155,7 @@ def test_random_zooms_have_one_size_and_invent_no_value() -> None:
         lengths = result["normals"].norm(dim=0)
         torch.testing.assert_close(lengths, known.float())
         farthest.add(result["depth"].max().item())
-    assert len(farthest) > 10  # it does draw
+    assert len(farthest) > 5  # it does draw
 
 
 def test_evaluation_keeps_the_whole_picture_and_draws_nothing() -> None:
@@ -218,8 +218,8 @@ def test_colour_operations_touch_the_image_only(operation: v2.Transform) -> None
 
 def test_torchvision_crop_and_resize_know_depth_and_normals() -> None:
     sample = random_sample(24, 32)
-    result = v2.Compose([v2.RandomCrop((12, 20)), v2.Resize(6, max_size=100)])(sample)
-    assert {entry.shape[-2:] for key, entry in result.items() if "box" not in key} == {(6, 10)}
+    result = v2.Compose([v2.RandomCrop((12, 20)), v2.Resize(6, max_size=9)])(sample)
+    assert {entry.shape[-2:] for key, entry in result.items() if "box" not in key} == {(5, 9)}
     assert set(result["depth"].flatten().tolist()) <= set(sample["depth"].flatten().tolist())
     outside = v2.functional.crop(sample["depth"], -2, 0, 4, 4)
     assert isinstance(outside, Depth)

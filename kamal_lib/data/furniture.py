@@ -59,9 +59,9 @@ class Draw:
 
     def colour(self, label: str) -> Triple:
         """Mostly near one of the class's usual colours, sometimes any colour at all."""
-        usual = self.chance(0.93)
+        usual = self.chance(0.95)
         base, spread = (self.pick(PALETTE[label]), 0.07) if usual else ((0.4, 0.4, 0.4), 0.36)
-        light = self(0.75, 1.25)
+        light = self(0.8, 1.2)
         r, g, b = (min(max(round(c * light + self(-spread, spread), 4), 0.02), 0.95) for c in base)
         return r, g, b
 
@@ -102,7 +102,7 @@ def small_object(draw: Draw, size: float) -> Thing:
         leaf, k = draw(0.1, 0.3), r * 1.1
         pot = solid("frustum", r * 0.7, r * 0.7, r * 0.6, colour, tilt=180.0, taper=0.7)
         parts = [pot, solid("ellipsoid", k, k, k, (leaf * 0.6, leaf, leaf * 0.4), z=r * 0.9)]
-    return thing("objects", *parts, yaw=draw(0, 90))
+    return thing("objects", *parts, yaw=draw(0.0, 90.0))
 
 
 def pile_of_books(draw: Draw, size: float) -> Thing:
@@ -110,16 +110,16 @@ def pile_of_books(draw: Draw, size: float) -> Thing:
     parts, z = [], 0.0
     for _ in range(draw.count(2, 5)):
         w, h = size * draw(0.8, 1.1), draw(0.025, 0.05)
-        parts.append(block(w, size * 0.75, h, draw.colour("books"), z=z, yaw=draw(-15, 15)))
+        parts.append(block(w, size * 0.75, h, draw.colour("books"), z=z, yaw=draw(-15.0, 15.0)))
         z += h
-    return thing("books", *parts, yaw=draw(-30, 30))
+    return thing("books", *parts, yaw=draw(-30.0, 30.0))
 
 
 def on_top(draw: Draw, w: float, d: float, h: float, count: int) -> list[Thing]:
     """Clutter on a top of w × d at height h, one piece to each equal share of the width."""
     things, share = [], w / max(count, 1)
     for i in range(count):
-        size = min(draw(0.12, 0.36), 0.8 * share, 0.8 * d)
+        size = min(draw(0.12, 0.34), 0.8 * share, 0.8 * d)
         piece = draw.pick([small_object, small_object, pile_of_books])(draw, size)
         x, y = share * (i + 0.5 + draw(-0.2, 0.2)) - w / 2, d * draw(-0.2, 0.15)
         things.append(replace(piece, position=(round(x, 4), round(y, 4), h)))
@@ -128,7 +128,7 @@ def on_top(draw: Draw, w: float, d: float, h: float, count: int) -> list[Thing]:
 
 def screen(draw: Draw, w: float, **place: float) -> Thing:
     """A television or a monitor on its foot, off or (one in three) on."""
-    h, dark, stripes = w * 0.58, draw.colour("tv"), (draw(0, 2), 0.0, draw(0, 2))
+    h, dark, stripes = w * 0.58, draw.colour("tv"), (draw(0.0, 2.0), 0.0, draw(0.0, 2.0))
     glass = {"stripes": stripes, "contrast": 0.6, "glow": draw.pick([0.0, 0.0, 1.5])}
     return thing(
         "tv",
@@ -136,7 +136,7 @@ def screen(draw: Draw, w: float, **place: float) -> Thing:
         block(0.06, 0.04, 0.12, dark, z=0.01),
         block(w, 0.05, h, dark, z=0.1),
         block(w - 0.05, 0.01, h - 0.05, draw.colour("tv"), y=-0.025, z=0.125, **glass),
-        yaw=draw(-10, 10),
+        yaw=draw(-10.0, 10.0),
         **place,
     )
 
@@ -154,27 +154,29 @@ def cabinet(draw: Draw, w: float, d: float, h: float, *, fronts: tuple[float, fl
 def nightstand(draw: Draw) -> Group:
     """A small chest with something on it, mostly beside a bed."""
     w, d, h = draw(0.4, 0.55), draw(0.35, 0.45), draw(0.45, 0.65)
-    return cabinet(draw, w, d, h, fronts=(0.0, draw(3, 6)), clutter=1)
+    return cabinet(draw, w, d, h, fronts=(0.0, draw(3.0, 6.0)), clutter=1)
 
 
 def chest(draw: Draw) -> Group:
     """A chest of drawers with clutter on top."""
     w, d, h = draw(0.8, 1.6), draw(0.4, 0.5), draw(0.7, 1.1)
-    fronts = draw.pick([0.0, 1.2, 2.0]), draw(2.5, 5)
+    fronts = draw.pick([0.0, 1.2, 2.0]), draw(2.5, 5.0)
     return cabinet(draw, w, d, h, fronts=fronts, clutter=draw.count(2, 4))
 
 
 def wardrobe(draw: Draw) -> Group:
     """A tall cabinet."""
     w, d, h = draw(0.8, 1.8), draw(0.5, 0.65), draw(1.7, 2.2)
-    fronts = draw(1, 2.2), draw.pick([0.0, 0.6])
+    fronts = draw(1.0, 2.2), draw.pick([0.0, 0.6])
     return cabinet(draw, w, d, h, fronts=fronts, clutter=draw.count(0, 2))
 
 
 def tv_stand(draw: Draw) -> Group:
     """A low cabinet with a television."""
     h = draw(0.4, 0.7)
-    things, footprint = cabinet(draw, draw(1.1, 1.7), draw(0.4, 0.5), h, fronts=(draw(1, 3), 0.0), clutter=0)
+    things, footprint = cabinet(
+        draw, draw(1.1, 1.7), draw(0.4, 0.5), h, fronts=(draw(1.0, 3.0), 0.0), clutter=0
+    )
     return [*things, screen(draw, draw(0.8, 1.3), y=0.05, z=h)], footprint
 
 
@@ -189,7 +191,7 @@ def bookshelf(draw: Draw) -> Group:
         x, end, rows = 0.04 - w / 2, w / 2 - 0.04, []
         while x < end - 0.1 and draw.chance(0.93):
             length, tall = min(draw(0.12, 0.35), end - x), draw(0.6, 0.92) * (gap - 0.03)
-            spines = {"stripes": (draw(12, 25), 0.0, 0.0), "contrast": draw(0.3, 0.8)}
+            spines = {"stripes": (draw(12.0, 25.0), 0.0, 0.0), "contrast": draw(0.3, 0.8)}
             colour = draw.colour("books")
             rows.append(block(length, d * 0.75, tall, colour, x + length / 2, -0.02, z, **spines))
             x += length
@@ -208,7 +210,7 @@ def bed(draw: Draw) -> Group:
     """A bed with a head board, a blanket and pillows, single or double."""
     w, d, top = draw(0.95, 1.8), draw(1.9, 2.1), draw(0.42, 0.6)
     frame, cloth = draw.colour("furniture"), draw.colour("bed")
-    pattern = {"stripes": (draw(0, 3), draw(0, 3), 0.0), "contrast": draw(0, 0.4)}
+    pattern = {"stripes": (draw(0.0, 3.0), draw(0.0, 3.0), 0.0), "contrast": draw(0.0, 0.4)}
     parts = [
         block(w, d, top - 0.2, frame),
         block(w - 0.04, d - 0.06, 0.22, draw.colour("bed"), z=top - 0.22),
@@ -217,7 +219,7 @@ def bed(draw: Draw) -> Group:
     ]
     things = [thing("bed", *parts)]
     for x in (-w / 4, w / 4) if w > 1.3 else (0.0,):
-        pillow = solid("ellipsoid", 0.32, 0.2, 0.1, cloth, tilt=draw(0, 35))
+        pillow = solid("ellipsoid", 0.32, 0.2, 0.1, cloth, tilt=draw(0.0, 35.0))
         things.append(thing("objects", pillow, x=x, y=d / 2 - 0.3, z=top))
     return things, (w + 0.1, d)
 
@@ -236,7 +238,9 @@ def sofa(draw: Draw) -> Group:
     things = [thing("sofa", *parts)]
     for _ in range(draw.count(0, 2)):
         cushion = block(0.4, 0.12, 0.4, draw.colour("objects"), tilt=-20.0)
-        things.append(thing("objects", cushion, x=w * draw(-0.35, 0.35), z=seat + 0.05, yaw=draw(-25, 25)))
+        things.append(
+            thing("objects", cushion, x=w * draw(-0.35, 0.35), z=seat + 0.05, yaw=draw(-25.0, 25.0))
+        )
     return things, (w, d)
 
 
@@ -262,7 +266,7 @@ def chair(draw: Draw, style: str, colour: Triple, **place: float) -> Thing:
 def lone_chair(draw: Draw) -> Group:
     """A chair or an armchair on its own."""
     style = draw.pick(["plain", "office", "arm", "arm"])
-    return [chair(draw, style, draw.colour("chair"), yaw=draw(-40, 40))], (0.9, 0.9)
+    return [chair(draw, style, draw.colour("chair"), yaw=draw(-40.0, 40.0))], (0.9, 0.9)
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -290,7 +294,7 @@ def desk(draw: Draw) -> Group:
     if draw.chance(0.6):
         things.append(screen(draw, draw(0.45, 0.65), x=w * draw(-0.15, 0.15), y=0.1, z=h))
     if draw.chance(0.7):
-        place = {"x": w * draw(-0.25, 0.25), "y": -d / 2 - 0.2, "yaw": 180 + draw(-35, 35)}
+        place = {"x": w * draw(-0.25, 0.25), "y": -d / 2 - 0.2, "yaw": 180 + draw(-35.0, 35.0)}
         things.append(chair(draw, draw.pick(["plain", "office", "office"]), draw.colour("chair"), **place))
     return things, (w, d + 0.5)
 
@@ -310,7 +314,7 @@ def dining_set(draw: Draw) -> Group:
     style, colour = draw.pick(["plain", "plain", "office"]), draw.colour("chair")
     for side, x in ((-1, -0.25), (-1, 0.25), (1, -0.25), (1, 0.25)):
         if draw.chance(0.8):
-            y, yaw = side * (d / 2 + draw(0.0, 0.3)), 90 * (1 - side) + draw(-20, 20)
+            y, yaw = side * (d / 2 + draw(0.0, 0.3)), 90 * (1 - side) + draw(-20.0, 20.0)
             things.append(chair(draw, style, colour, x=x * w, y=y, yaw=yaw))
     return things, (w + 0.2, d + 0.8)
 

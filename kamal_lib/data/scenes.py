@@ -37,13 +37,13 @@ def sample_scene(seed: int) -> Scene:
     things = _shell(draw, *room) + _on_walls(draw, *room)
     taken = [(camera.position[0], camera.position[1], 0.85, 0.85)]
     builders: list[Builder] = [*draw.pick(_ROOMS), *(draw.pick(_EXTRAS) for _ in range(draw.count(1, 3)))]
-    for build in [*builders, *[furniture.floor_clutter] * draw.count(2, 6)]:
+    for build in [*builders, *[furniture.floor_clutter] * draw.count(1, 4)]:
         group, footprint = build(draw)
         place = _find_place(draw, footprint, build not in _FREE_STANDING, room, camera, taken)
         if place is not None:
             things += _moved(group, *place)
     lights, fixture = _lights(draw, *room)
-    ambient = draw(0.28, 0.50)
+    ambient = draw(0.32, 0.52)
     return Scene(
         things=(*things, fixture),
         camera=camera,
@@ -63,8 +63,8 @@ def _camera(draw: Draw, width: float, depth: float) -> Camera:
     to_x, to_y = width * draw(0.3, 0.7) - x, depth * draw(0.3, 0.7) - y
     return Camera(
         position=(round(x, 4), round(y, 4), draw(1.15, 1.75)),
-        yaw=round(math.degrees(math.atan2(-to_x, to_y)) + draw(-14, 14), 2),
-        pitch=draw(-24, 2),
+        yaw=round(math.degrees(math.atan2(-to_x, to_y)) + draw(-14.0, 14.0), 2),
+        pitch=draw(-24.0, 2.0),
         roll=draw(-2.5, 2.5),
         focal=draw(0.68, 0.92),
     )
@@ -100,7 +100,7 @@ def _find_place(draw, footprint, at_wall, room, camera, taken) -> tuple[float, f
             continue
         if all(abs(x - tx) >= (w + tw) / 2 or abs(y - ty) >= (d + td) / 2 for tx, ty, tw, td in taken):
             taken.append((x, y, w, d))
-            return round(x, 4), round(y, 4), 90.0 * side + (0.0 if at_wall else draw(-12, 12))
+            return round(x, 4), round(y, 4), 90.0 * side + (0.0 if at_wall else draw(-12.0, 12.0))
     return None
 
 
@@ -118,10 +118,13 @@ def _shell(draw: Draw, width: float, depth: float, height: float) -> list[Thing]
         half = half_x + 0.05, half_y + 0.05, 1.0
         return Part("rectangle", (0.0, 0.0, 0.0), half, colour, tilt=tilt, **looks)
 
-    plain, tile = (0.0, 0.0, 0.0), draw(1.5, 3)
-    boards, paper = [plain, (draw(4, 9), 0.0, 0.0), (tile, tile, 0.0)], [plain, plain, (draw(1, 5), 0.0, 0.0)]
-    boards = {"stripes": draw.pick(boards), "contrast": draw(0.1, 0.4)}
-    paper = {"stripes": draw.pick(paper), "contrast": draw(0.03, 0.2)}
+    plain, tile = (0.0, 0.0, 0.0), draw(1.5, 3.0)
+    boards, paper = (
+        [plain, (draw(4.0, 9.0), 0.0, 0.0), (tile, tile, 0.0)],
+        [plain, plain, (draw(1.0, 5.0), 0.0, 0.0)],
+    )
+    boards = {"stripes": draw.pick(boards), "contrast": draw(0.1, 0.3)}
+    paper = {"stripes": draw.pick(paper), "contrast": draw(0.02, 0.12)}
     things = [
         thing("floor", plane(x, y, draw.colour("floor"), **boards), x=x, y=y),
         thing("ceiling", plane(x, y, draw.colour("ceiling")), x=x, y=y, z=height),
@@ -131,11 +134,11 @@ def _shell(draw: Draw, width: float, depth: float, height: float) -> list[Thing]
         colour = draw.colour("wall") if draw.chance(0.12) else usual
         side = plane(length / 2, z, colour, tilt=90.0, **paper)
         things.append(thing("wall", side, x=wx, y=wy, z=z, yaw=yaw))
-    if draw.chance(0.5):
-        pattern = {"stripes": (draw(0, 4), draw(0, 4), 0.0), "contrast": draw(0, 0.5)}
-        colour = draw.colour(draw.pick(["floor", "floor", "bed"]))
+    if draw.chance(0.35):
+        pattern = {"stripes": (draw(0.0, 4.0), draw(0.0, 4.0), 0.0), "contrast": draw(0.0, 0.5)}
+        colour = draw.colour(draw.pick(["floor", "floor", "floor", "bed"]))
         rug = block(draw(1.2, 2.4), draw(1.6, 3.2), 0.012, colour, **pattern)
-        things.append(thing("floor", rug, x=x, y=y, yaw=draw.pick([0.0, 90.0, draw(0, 90)])))
+        things.append(thing("floor", rug, x=x, y=y, yaw=draw.pick([0.0, 90.0, draw(0.0, 90.0)])))
     return things
 
 
@@ -143,20 +146,20 @@ def _on_walls(draw: Draw, width: float, depth: float, height: float) -> list[Thi
     """Pictures, windows with curtains, and doors: side by side on the walls, never over one another."""
     things = []
     for x, y, length, yaw in _walls(width, depth):
-        edge = draw(0.1, 0.6)
+        edge = draw(0.1, 1.0)
         while edge < length - 0.5:
             each, size = draw.pick([_picture, _picture, _picture, _window, _window, _door])(draw, height)
             if edge + size > length - 0.05:
                 break
             things += _moved([replace(each, position=(edge + (size - length) / 2, -0.01, 0.0))], x, y, yaw)
-            edge += size + draw(0.15, 1.0)
+            edge += size + draw(0.3, 1.6)
     return things
 
 
 def _picture(draw: Draw, height: float) -> tuple[Thing, float]:
     w, h = draw(0.35, 1.1), draw(0.35, 0.8)
     z = draw(1.35, 1.75) - h / 2
-    pattern = {"stripes": (draw(0, 3), 0.0, draw(0, 3)), "contrast": draw(0.3, 0.8)}
+    pattern = {"stripes": (draw(0.0, 3.0), 0.0, draw(0.0, 3.0)), "contrast": draw(0.3, 0.8)}
     canvas = block(w - 0.1, 0.024, h - 0.1, draw.colour("picture"), y=-0.02, z=z + 0.05, **pattern)
     return thing("picture", block(w, 0.04, h, draw.colour("picture"), z=z), canvas), w
 
@@ -165,21 +168,25 @@ def _window(draw: Draw, height: float) -> tuple[Thing, float]:
     w, h = draw(0.8, 1.8), draw(0.9, 1.4)
     z, size = min(draw(1.35, 1.65), height - h / 2 - 0.1) - h / 2, w
     light = draw.pick([draw(0.0, 0.2), draw(0.5, 1.4), draw(0.5, 1.4)])
-    blinds = draw.pick([(0.0, 0.0, 0.0), (0.0, 0.0, draw(6, 14)), (draw(0.8, 1.4), 0.0, 0.7)])
+    blinds = draw.pick([(0.0, 0.0, 0.0), (0.0, 0.0, draw(6.0, 14.0)), (draw(0.8, 1.4), 0.0, 0.7)])
     glass = {"stripes": blinds, "contrast": draw(0.2, 0.7), "glow": light}
     parts = [
         block(w, 0.05, h, draw.colour("window"), z=z),
         block(w - 0.12, 0.024, h - 0.12, draw.colour("window"), y=-0.022, z=z + 0.06, **glass),
     ]
     if draw.chance(0.5):
-        cloth, folds, size = draw.colour("bed"), {"stripes": (draw(4, 8), 0.0, 0.0), "contrast": 0.4}, w + 0.5
+        cloth, folds, size = (
+            draw.colour("bed"),
+            {"stripes": (draw(4.0, 8.0), 0.0, 0.0), "contrast": 0.4},
+            w + 0.5,
+        )
         curtains = (-w / 2 - 0.05, w / 2 + 0.05)
         parts += [block(0.4, 0.06, z + h, cloth, x, -0.07, 0.05, **folds) for x in curtains]
     return thing("window", *parts), size
 
 
 def _door(draw: Draw, height: float) -> tuple[Thing, float]:
-    colour = draw.colour("furniture")
+    colour = draw.colour("wall")
     panels = block(0.64, 0.02, 1.6, colour, y=-0.022, z=0.3, stripes=(0.0, 0.0, 1.3), contrast=0.25)
     handle = solid("ellipsoid", 0.03, 0.03, 0.03, (0.6, 0.55, 0.4), 0.36, -0.06, 0.97)
     return thing("wall", block(0.9, 0.05, 2.05, colour), panels, handle), 0.9

@@ -225,19 +225,19 @@ def _lamp_light(lamp, world, casts, rotation, position, spot, normals) -> np.nda
     nearest = cast(_seen_from(blockers, view, np.array(lamp.position)), grid, grid).depth
     # Half the resolution is enough, and the point is moved off its surface, or it would shade itself.
     half = (slice(None, None, 2),) * 2
-    off = [0.06 * normals[k][half] - (dx, dy, dz)[k][half] for k in range(3)]
+    off = [0.12 * normals[k][half] - (dx, dy, dz)[k][half] for k in range(3)]
     turned = (view @ rotation.T).astype(np.float32).tolist()
     px, py, pz = (row[0] * off[0] + row[1] * off[1] + row[2] * off[2] for row in turned)
     pz = np.maximum(pz, 0.05)
     column, line = (px / pz + _SHADOW_REACH) * scale, (py / pz + _SHADOW_REACH) * scale
-    lit = np.zeros(pz.shape, np.float32)
+    lit, edge = np.zeros(pz.shape, np.float32), pz - np.float32(0.05)
     framed = np.full((_SHADOW_CELLS + 2,) * 2, np.inf, np.float32)  # beyond the map nothing is shaded
     framed[1:-1, 1:-1] = nearest
     for step_y in (-0.8, 0.0, 0.8):
         row = np.clip(line + (step_y + 1), 0, _SHADOW_CELLS + 1).astype(np.intp) * (_SHADOW_CELLS + 2)
         for step_x in (-0.8, 0.0, 0.8):
             cell = row + np.clip(column + (step_x + 1), 0, _SHADOW_CELLS + 1).astype(np.intp)
-            lit += framed.ravel()[cell] > pz
+            lit += framed.ravel()[cell] > edge
     lit = np.repeat(np.repeat(lit / 9, 2, 0), 2, 1)[: spot.shape[1], : spot.shape[2]]
     shade *= lit * lamp.power
     return shade * np.asarray(lamp.colour, np.float32)[:, None, None]

@@ -80,8 +80,8 @@ def render_shard(job: Job) -> None:
 def read_shard(job: Job) -> dict[str, np.ndarray] | None:
     """The shard's arrays; None where it is missing or, with a warning, damaged."""
     try:
-        with np.load(job.path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+        with open(job.path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
     except FileNotFoundError:
         return None
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -132,10 +132,13 @@ def _work() -> None:
     for line in sys.stdin:
         try:
             render_shard(Job(**json.loads(line)))
+            answer = "done"
         except Exception as error:  # the parent raises it again
-            print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
-        else:
-            print("done", flush=True)
+            answer = f"{type(error).__name__}: {error}".replace("\n", " ")
+        try:
+            os.write(sys.stdout.fileno(), f"{answer}\n".encode())
+        except BrokenPipeError:  # the parent is gone
+            return
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ STYLES = (
 
 
 def learning_curves(
-    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    histories: Mapping[str, Sequence[Mapping[str, float | int]]],
     key: str,
     *,
     over: str = "epoch",
@@ -43,7 +43,7 @@ def learning_curves(
 
 
 def block_losses(
-    losses: Mapping[str, Sequence[float]], branch: Mapping[str, int], *, decoder_from: int
+    losses: Mapping[str, Sequence[float | int]], branch: Mapping[str, int], *, decoder_from: int
 ) -> Picture:
     """The losses on held-out images that Eq. 7 of Ye et al. compares, a small axis a task.
 

@@ -115,9 +115,7 @@ def _canvas(total: int, rows: Mapping[str, int], caption: str) -> tuple[Picture,
     return figure, ax
 
 
-def _block(
-    ax: Axes, x: float, y: float, height: float, label: str, colour: str, *, dashed: bool = False
-) -> None:
+def _block(ax: Axes, x: int, y: int, height: float, label: str, colour: str, *, dashed: bool = False) -> None:
     shape = FancyBboxPatch(
         (x - 0.28, y - height / 2), 0.56, height, boxstyle="round,pad=0,rounding_size=0.06"
     )
@@ -126,13 +124,13 @@ def _block(
     ax.text(x, y, label, ha="center", va="center", size=8, color="0.5" if dashed else "black")
 
 
-def _arrow(ax: Axes, start: float, end: float, y: float) -> None:
+def _arrow(ax: Axes, start: float, end: float, y: int) -> None:
     ax.annotate(
         "", (end, y), (start, y), arrowprops={"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
     )
 
 
-def _coding(ax: Axes, point: int, y: float, colour: str) -> None:
+def _coding(ax: Axes, point: int, y: int, colour: str) -> None:
     """The way from the student's block `point` to row y, and the channel coding at its end."""
     x = point + 0.5
     ax.plot([point + 0.28, x, x], [0, 0, y], color="0.3", linewidth=1, zorder=1)
@@ -141,7 +139,7 @@ def _coding(ax: Axes, point: int, y: float, colour: str) -> None:
 
 def _chain(
     ax: Axes,
-    y: float,
+    y: int,
     start: float,
     labels: Sequence[str],
     heights: Sequence[float],

@@ -12,7 +12,7 @@ ARROWS = {"max": "↑", "min": "↓"}
 
 
 def results_table(
-    rows: Mapping[str, Mapping[str, float | str]],
+    rows: Mapping[str, Mapping[str, float | int | str]],
     better: Mapping[str, str],
     *,
     digits: int | Mapping[str, int] = 3,
@@ -54,11 +54,11 @@ def results_table(
     return pd.DataFrame(table, index=list(rows))
 
 
-def in_millions(count: float) -> str:
+def in_millions(count: int) -> str:
     """A number of parameters as text: 29_450_000 is "29.45 M"."""
     return f"{count / 1e6:.2f} M"
 
 
-def in_billions(count: float) -> str:
+def in_billions(count: int) -> str:
     """A number of multiply-adds as text: 310_000_000 is "0.31 G"."""
     return f"{count / 1e9:.2f} G"
