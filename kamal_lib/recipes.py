@@ -425,9 +425,14 @@ def whole_game(
     return WholeGame(teachers, blocks, BranchedStudent(plan))
 
 
-def load(recipe, artifact: Artifact | None = None):
-    """The recipe's network (for a block: student and codings) from the default store, trained first if need be."""
-    artifact = artifact or load_or_train(recipe, default_store())
+def trained(recipe: Recipe) -> Artifact:
+    """The recipe's artefact (weights, metrics, history) from the default store, trained first if need be."""
+    return load_or_train(recipe, default_store())
+
+
+def load(recipe):
+    """The recipe's network in eval mode (for a block: student and codings), trained first if need be."""
+    artifact = trained(recipe)
     return recipe.build(artifact.weights(), artifact.metrics)
 
 
@@ -443,8 +448,7 @@ def main(arguments: list[str] | None = None) -> None:
     game = whole_game(options.profile, data=options.data, data_root=options.data_root, seed=options.seed)
     stages = {"teachers": tuple(game.teachers.values()), "blocks": game.blocks, "target_net": (game.target_net,)}
     for recipe in stages[options.stage]:
-        artifact = load_or_train(recipe, default_store())
-        print(recipe.name(), artifact.metrics)
+        print(recipe.name(), trained(recipe).metrics)
 
 
 if __name__ == "__main__":

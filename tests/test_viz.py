@@ -99,6 +99,7 @@ def test_every_figure_is_small_readable_whole_and_leaves_pyplot_alone(name: str)
     picture = Image.open(io.BytesIO(b64decode(bundle["image/png"])))
     width, height = figure.get_size_inches() * figure.dpi
     assert (picture.format, picture.size) == ("PNG", (int(width), int(height)))
+    assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert len(bundle["image/png"]) < 100 * 1024  # random scenes compress worse than any real one
     assert len(figure.alt) > 20
     assert bundle["text/plain"] == metadata["image/png"]["alt"] == figure.alt
@@ -107,6 +108,8 @@ def test_every_figure_is_small_readable_whole_and_leaves_pyplot_alone(name: str)
     drawn, page = figure.get_tightbbox(), figure.get_size_inches()
     assert drawn.min.min() >= -0.01, "cut off at the left or below"
     assert (drawn.max <= page + 0.01).all(), "cut off at the right or above"
+    for legend in figure.legends:
+        assert not any(legend.get_window_extent().overlaps(ax.bbox) for ax in figure.axes)
     assert plt.get_fignums() == []
 
 

@@ -61,7 +61,7 @@ class Draw:
         """Mostly near one of the class's usual colours, sometimes any colour at all."""
         usual = self.chance(0.95)
         base, spread = (self.pick(PALETTE[label]), 0.07) if usual else ((0.4, 0.4, 0.4), 0.36)
-        light = self(0.8, 1.2)
+        light = self(0.85, 1.15)
         r, g, b = (min(max(round(c * light + self(-spread, spread), 4), 0.02), 0.95) for c in base)
         return r, g, b
 

@@ -9,6 +9,7 @@ arrays: a reduction over an axis of length three costs several times the arithme
 No torch here: the processes that render import this module and NumPy alone.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,19 +185,16 @@ def _linear(row: list[float], u, v):
 
 
 def _box(m, o, u, v):
-    enter, leave = None, None
+    enter, leave = np.float32(-np.inf), np.float32(np.inf)
     for row, c in zip(m, o, strict=True):
         inverse = 1 / _linear(row, u, v)
         if abs(c) > 1:  # outside this pair of planes: the nearer one is a way in
-            near = (np.sign(c) - c) * inverse
-            enter = near if enter is None else np.maximum(enter, near, out=enter)
-            far = (-np.sign(c) - c) * inverse
+            side = math.copysign(1, c)
+            enter = np.maximum(enter, (side - c) * inverse)
+            far = (-side - c) * inverse
         else:
             far = np.abs(inverse) - c * inverse
-        # fmin: a ray parallel to the planes gives inf - inf, and no limit.
-        leave = far if leave is None else np.fmin(leave, far, out=leave)
-    if enter is None:
-        return leave, np.zeros(leave.shape, bool)  # the camera is inside
+        leave = np.fmin(leave, far)  # a ray parallel to the planes may give NaN, and has no limit
     return enter, (enter < leave) & (enter > NEAR)
 
 
@@ -233,7 +231,7 @@ def _frustum(m, o, u, v, taper):
     dz = _linear(m[2], u, v)
     hit = (np.abs(o[2] + t * dz) <= 1) & (t > NEAR)
     if abs(o[2]) > 1:  # the camera is above or below: that cap is in sight
-        end = float(np.sign(o[2]))
+        end = math.copysign(1, o[2])
         cap = (end - o[2]) / dz
         px, py = (o[k] + cap * _linear(m[k], u, v) for k in range(2))
         on_cap = (px * px + py * py <= (mean + slope * end) ** 2) & (cap > NEAR)

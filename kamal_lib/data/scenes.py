@@ -32,12 +32,12 @@ _FREE_STANDING = (furniture.coffee_table, furniture.dining_set, furniture.floor_
 def sample_scene(seed: int) -> Scene:
     """The room with this number; any integer from 0 on."""
     draw = Draw(seed)
-    room = draw(3.2, 5.6), draw(3.4, 6.4), draw(2.4, 2.9)
+    room = draw(3.4, 5.8), draw(3.6, 6.6), draw(2.4, 2.9)
     camera = _camera(draw, *room[:2])
     things = _shell(draw, *room) + _on_walls(draw, *room)
     taken = [(camera.position[0], camera.position[1], 0.85, 0.85)]
-    builders: list[Builder] = [*draw.pick(_ROOMS), *(draw.pick(_EXTRAS) for _ in range(draw.count(1, 3)))]
-    for build in [*builders, *[furniture.floor_clutter] * draw.count(1, 4)]:
+    builders: list[Builder] = [*draw.pick(_ROOMS), *(draw.pick(_EXTRAS) for _ in range(draw.count(1, 2)))]
+    for build in [*builders, *[furniture.floor_clutter] * draw.count(1, 3)]:
         group, footprint = build(draw)
         place = _find_place(draw, footprint, build not in _FREE_STANDING, room, camera, taken)
         if place is not None:
@@ -131,7 +131,7 @@ def _shell(draw: Draw, width: float, depth: float, height: float) -> list[Thing]
     ]
     usual = draw.colour("wall")
     for wx, wy, length, yaw in _walls(width, depth):
-        colour = draw.colour("wall") if draw.chance(0.12) else usual
+        colour = draw.colour("wall") if draw.chance(0.1) else usual
         side = plane(length / 2, z, colour, tilt=90.0, **paper)
         things.append(thing("wall", side, x=wx, y=wy, z=z, yaw=yaw))
     if draw.chance(0.35):
