@@ -78,11 +78,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     variants = {
-        f"{stage} {precision[:4].rstrip('-')}{' channels_last' if last else ''}": stepper(
+        f"{stage} {short}{' channels_last' if last else ''}": stepper(
             make(), precision=precision, channels_last=last
         )
         for stage, make in (("teacher", teacher_objective), ("block", block_objective))
-        for precision in ("32-true", "bf16-mixed")
+        for short, precision in (("fp32", "32-true"), ("bf16", "bf16-mixed"))
         for last in (False, True)
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -94,7 +94,7 @@ def main() -> None:
             if repeat:  # the first round warms up
                 seconds[name].append((time.perf_counter() - start) / 3)
     speed = {name: BATCH / statistics.median(times) for name, times in seconds.items()}
-    ratios = {name: speed[name] / speed[f"{name.split()[0]} 32"] for name in speed}
+    ratios = {name: speed[name] / speed[f"{name.split()[0]} fp32"] for name in speed}
     for name in variants:
         print(f"{name:28} {speed[name]:7.1f} images/s   {ratios[name]:.2f} × plain fp32")
     heads = {"segmentation": TASKS["segmentation"].channels}

@@ -71,7 +71,7 @@ def test_same_seed_same_bytes_and_another_seed_another_room():
 
 @pytest.fixture(scope="module")
 def many() -> list[dict[str, np.ndarray]]:
-    return [render(sample_scene(seed), 48, 64) for seed in range(500, 600)]
+    return [render(sample_scene(seed), 48, 64) for seed in range(500, 570)]
 
 
 def test_every_class_is_common_enough(many):
@@ -160,7 +160,7 @@ def test_boxes_enclose_their_pixels_tightly(many):
             if (room["box_labels"] == label).sum() == 1:
                 outside = (room["labels"] == label).sum() - inside.sum()
                 checked += outside < 8  # an instance too small for a box may lie elsewhere
-    assert checked > 200
+    assert checked > 150
 
 
 def test_an_open_room_shows_void():
@@ -279,7 +279,11 @@ def test_only_missing_shards_are_rendered(tmp_path):
     def load(count: int) -> Rooms:
         return Rooms("labelled", count, **SMALL, folder=tmp_path, progress=said.append)
 
-    first = contents(load(8))
+    rooms = load(8)
+    first = contents(rooms)
+    for i in (0, 5):
+        expected = render(sample_scene(room_seed(0, "labelled", i)), 12, 16)
+        np.testing.assert_array_equal(rooms[i]["depth"].numpy(), expected["depth"])
     assert len(said) == 1
     assert said[0].startswith("rooms: 8 labelled rendered in ")
     assert contents(load(8)) == first
@@ -373,17 +377,17 @@ render_shards([Job(f"{sys.argv[1]}/{i:03d}.npz", 10 * i, 10, 12, 16, 1, True) fo
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    time.sleep(1)  # its workers end with the shard they are at
-    done = sorted(tmp_path.glob("*.npz"))
-    assert 0 < len(done) < 100
+    done: list[Path] = []
+    while (found := sorted(tmp_path.glob("*.npz"))) != done:  # its workers end with the shard they are at
+        done = found
+        time.sleep(0.5)
+    assert 0 < len(done) < 200
     for file in done:
         job = shards.Job(str(file), 10 * int(file.stem), 10, 12, 16, 1, True)
-        found = shards.read_shard(job)  # a damaged one would warn, and warnings are errors
-        assert found is not None
+        arrays = shards.read_shard(job)  # a damaged one would warn, and warnings are errors
+        assert arrays is not None
         expected = render(sample_scene(job.seed + 3), 12, 16)["image"]
-        np.testing.assert_array_equal(found["image"][3], expected)
-    time.sleep(0.5)
-    assert sorted(tmp_path.glob("*.npz")) == done
+        np.testing.assert_array_equal(arrays["image"][3], expected)
 
 
 if __name__ == "__main__":
