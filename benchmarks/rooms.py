@@ -83,7 +83,7 @@ def main(rooms: int) -> None:
     }
     print(f"{len(seeds)} rooms at {HEIGHT}x{WIDTH}, processes started and files written included:")
     print(f"  one process {result['images_per_second_one_process']}/s, two {result['images_per_second']}/s")
-    print(f"  {result['processor_ms_per_image']} ms of one core an image, whatever else the machine does")
+    print(f"  {result['processor_ms_per_image']} ms of processor time an image, scene included")
     print(f"  every solid on every ray takes {result['culling']} times as long as with screen rectangles")
     print(f"  an axis of length three takes {result['separate_components']} times as long as three arrays")
     print(f"  2 x 2 rays a pixel take {result['supersample_2_costs']} times as long as one")
