@@ -39,7 +39,9 @@ def teacher_objective() -> nn.Module:
 def block_objective() -> nn.Module:
     """The first decoder block of a student between two frozen teachers: Eq. 6."""
     n = ARCHITECTURE.blocks // 2 + 1
-    teachers = {name: build_network(ARCHITECTURE, {name: task.channels}, seed=0) for name, task in TASKS.items()}
+    teachers = {
+        name: build_network(ARCHITECTURE, {name: task.channels}, seed=0) for name, task in TASKS.items()
+    }
     student = build_network(ARCHITECTURE, {}, seed=1)
     codings = {name: ChannelCoding(student.channels[n - 1]) for name in TASKS}
     return BlockObjective(student, teachers, codings, n, tasks=TASKS, weights={"depth": 4.0})
@@ -100,7 +102,9 @@ def main() -> None:
     heads = {"segmentation": TASKS["segmentation"].channels}
     macs = multiply_adds(build_network(ARCHITECTURE, heads, seed=0), GAME.data.size)
     best = max(value for name, value in speed.items() if name.startswith("teacher"))
-    print(f"floor: 3 × {macs / 1e9:.3f} G multiply-adds an image; the best teacher runs {3 * macs * best / 1e9:.0f} G/s")
+    print(
+        f"floor: 3 × {macs / 1e9:.3f} G multiply-adds an image; the best teacher runs {3 * macs * best / 1e9:.0f} G/s"
+    )
     figures = {"images_per_second": {k: round(v, 1) for k, v in speed.items()}}
     figures["ratio_to_fp32"] = {k: round(v, 2) for k, v in ratios.items()}
     print(json.dumps(figures | {"multiply_adds": macs, "threads": torch.get_num_threads()}))

@@ -235,7 +235,10 @@ def _code(source: bytes) -> str:
     """Hash of a Python file without comments and docstrings: better words make no result stale."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             del node.body[0]
     return _sha256(ast.unparse(tree).encode())
 

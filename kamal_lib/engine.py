@@ -75,9 +75,7 @@ def fit(
     """
     objective = objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     model, wrapped = fabric.setup(objective, optimizer)
     per_epoch = len(loader)
     steps = schedule.epochs * per_epoch

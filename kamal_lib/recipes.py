@@ -34,7 +34,15 @@ from kamal_lib.models.encoder_decoder import SLIM, VGG16, Architecture, EncoderD
 from kamal_lib.models.target_net import TargetNet, branch_out
 from kamal_lib.tasks import Depth, DirectObjective, Segmentation, Task
 
-TRAINING: tuple[ModuleType, ...] = (engine, kamal_lib.data, kamal_lib.losses, kamal_lib.models, metrics, sample, tasks)
+TRAINING: tuple[ModuleType, ...] = (
+    engine,
+    kamal_lib.data,
+    kamal_lib.losses,
+    kamal_lib.models,
+    metrics,
+    sample,
+    tasks,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,9 @@ def tasks_of(data: Data) -> dict[str, Task]:
     return {"segmentation": Segmentation(data.classes), "depth": Depth()}
 
 
-def batches(dataset: Dataset, schedule: Schedule, *, seed: int = 0, shuffle: bool = False, transform=None) -> DataLoader:
+def batches(
+    dataset: Dataset, schedule: Schedule, *, seed: int = 0, shuffle: bool = False, transform=None
+) -> DataLoader:
     """`dataset` in batches of the schedule's size."""
     return loader(dataset, batch_size=schedule.batch_size, shuffle=shuffle, seed=seed, transform=transform)
 
@@ -146,7 +156,13 @@ class TaskTeacher(Recipe):
         augment = train_transform(self.data.size, scale=self.scale, flip=0.5)
         history = fit(
             objective,
-            batches(self.data.part("labelled"), self.schedule, seed=self.start.seed, shuffle=True, transform=augment),
+            batches(
+                self.data.part("labelled"),
+                self.schedule,
+                seed=self.start.seed,
+                shuffle=True,
+                transform=augment,
+            ),
             self.schedule,
             fabric=make_fabric(self.schedule.device, precision=self.schedule.precision),
             checkpoint=work.folder / "training.safetensors",
@@ -210,7 +226,9 @@ class Amalgamation:
         student = build_network(self.teachers[0].start.architecture, {}, seed=self.teachers[0].start.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            codings = {t.task: [ChannelCoding(c, gain=self.gain) for c in student.channels] for t in self.teachers}
+            codings = {
+                t.task: [ChannelCoding(c, gain=self.gain) for c in student.channels] for t in self.teachers
+            }
         return student, codings
 
     def taught(self, part: str, work: Work) -> Dataset:
@@ -270,7 +288,9 @@ class StudentBlock(Recipe):
             student, codings = plan.fresh()
             common = plan.start == "common"
             student.blocks.load_state_dict(
-                work.load(plan.teachers[0].start).weights() if common else teachers[plan.start].blocks.state_dict()
+                work.load(plan.teachers[0].start).weights()
+                if common
+                else teachers[plan.start].blocks.state_dict()
             )
         objective = BlockObjective(
             student,
@@ -290,7 +310,9 @@ class StudentBlock(Recipe):
             checkpoint=work.folder / "training.safetensors",
             title=self.name(),
         )
-        held_out = mean_losses(objective, batches(plan.taught("validation", work), plan.blocks), fabric=fabric)
+        held_out = mean_losses(
+            objective, batches(plan.taught("validation", work), plan.blocks), fabric=fabric
+        )
         losses = {t: [*losses[t], held_out[t] / weight] for t, weight in plan.weights}
         both = nn.ModuleDict({"student": student} | {t: nn.ModuleList(c) for t, c in codings.items()})
         return Result(both.state_dict(), {"losses": losses}, history)
@@ -391,7 +413,9 @@ PROFILES = {
         nyuv2_size=(240, 320),
         teacher=Schedule(epochs=60, batch_size=8, learning_rate=1e-3, precision="bf16-mixed", device="gpu"),
         block=Schedule(epochs=2, batch_size=8, learning_rate=1e-3, precision="bf16-mixed", device="gpu"),
-        fine_tuning=Schedule(epochs=4, batch_size=8, learning_rate=5e-4, precision="bf16-mixed", device="gpu"),
+        fine_tuning=Schedule(
+            epochs=4, batch_size=8, learning_rate=5e-4, precision="bf16-mixed", device="gpu"
+        ),
     ),
 }
 
@@ -446,7 +470,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     game = whole_game(options.profile, data=options.data, data_root=options.data_root, seed=options.seed)
-    stages = {"teachers": tuple(game.teachers.values()), "blocks": game.blocks, "target_net": (game.target_net,)}
+    stages = {
+        "teachers": tuple(game.teachers.values()),
+        "blocks": game.blocks,
+        "target_net": (game.target_net,),
+    }
     for recipe in stages[options.stage]:
         print(recipe.name(), trained(recipe).metrics)
 

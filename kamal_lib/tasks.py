@@ -101,7 +101,9 @@ def task_losses(
 class DirectObjective(nn.Module):
     """A whole network against the targets of the samples: how teachers learn, and how a TargetNet is fine-tuned."""
 
-    def __init__(self, network: nn.Module, tasks: Mapping[str, Task], weights: Mapping[str, float] | None = None):
+    def __init__(
+        self, network: nn.Module, tasks: Mapping[str, Task], weights: Mapping[str, float] | None = None
+    ):
         super().__init__()
         self.network, self.tasks, self.weights = network, dict(tasks), dict(weights or {})
 

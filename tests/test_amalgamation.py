@@ -131,9 +131,7 @@ def test_a_student_that_is_the_teacher_agrees_with_it(n):
     codings = {"depth": ChannelCoding(student.channels[n - 1], gain=2.0)}
     image = torch.rand(2, 3, 17, 19)
     batch = {"image": image, "depth": TASKS["depth"].decode(network(image)["depth"]).detach()}
-    objective = BlockObjective(
-        student, {"depth": network}, codings, n, tasks=TASKS, weights=WEIGHTS
-    ).eval()
+    objective = BlockObjective(student, {"depth": network}, codings, n, tasks=TASKS, weights=WEIGHTS).eval()
     assert float(objective(batch)["depth"]) == 0
 
 
@@ -237,7 +235,9 @@ class Images(list, torch.utils.data.Dataset):
 
 
 def test_targets_hide_every_label_and_must_match_in_number():
-    images = Images([{"image": torch.rand(3, 4, 4), "labels": torch.zeros(4, 4), "depth": torch.ones(4, 4)}] * 3)
+    images = Images(
+        [{"image": torch.rand(3, 4, 4), "labels": torch.zeros(4, 4), "depth": torch.ones(4, 4)}] * 3
+    )
     taught = WithTargets(images, {"labels": torch.full((3, 4, 4), 7, dtype=torch.uint8)})
     assert len(taught) == 3
     assert taught[1].keys() == {"image", "labels"}

@@ -72,7 +72,9 @@ def test_training_learns_and_keeps_a_history():
     network, history = train(schedule=Schedule(epochs=30, batch_size=4, learning_rate=0.02))
     assert [row["epoch"] for row in history] == list(range(1, 31))
     assert history[-1]["segmentation"] < 0.5 * history[0]["segmentation"]
-    found = evaluate(network, loader(Toy(), batch_size=4, shuffle=False, seed=0), TASKS, fabric=make_fabric("cpu"))
+    found = evaluate(
+        network, loader(Toy(), batch_size=4, shuffle=False, seed=0), TASKS, fabric=make_fabric("cpu")
+    )
     assert found.keys() == {"miou", "pixel_acc"}
     assert found["pixel_acc"] > 0.7
 
@@ -127,7 +129,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_reason():
             return {name: loss * float("nan") for name, loss in super().forward(batch).items()}
 
     batches = loader(Toy(), batch_size=4, shuffle=True, seed=5)
-    with pytest.raises(FloatingPointError, match=r"broken: the loss is not finite at step 0 of 9.*segmentation"):
+    with pytest.raises(
+        FloatingPointError, match=r"broken: the loss is not finite at step 0 of 9.*segmentation"
+    ):
         fit(Broken(Small(), TASKS), batches, SCHEDULE, fabric=make_fabric("cpu"), title="broken")
 
 
@@ -147,7 +151,9 @@ def test_bf16_is_an_option():
     batches = loader(Toy(), batch_size=4, shuffle=True, seed=5)
     schedule = Schedule(epochs=1, batch_size=4, precision="bf16-mixed")
     network = Small()
-    history = fit(DirectObjective(network, TASKS), batches, schedule, fabric=make_fabric(precision="bf16-mixed"))
+    history = fit(
+        DirectObjective(network, TASKS), batches, schedule, fabric=make_fabric(precision="bf16-mixed")
+    )
     exact = train(schedule=Schedule(epochs=1, batch_size=4))[1]
     assert network.head.weight.dtype == torch.float32
     assert history[0]["segmentation"] == pytest.approx(exact[0]["segmentation"], rel=0.05)

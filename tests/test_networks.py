@@ -51,7 +51,10 @@ def test_cut_and_go_on_is_the_whole_network(n, size):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.booleans(), min_size=1, max_size=4), st.integers(16, 37), st.integers(16, 37), st.integers(0, 8)
+    st.lists(st.booleans(), min_size=1, max_size=4),
+    st.integers(16, 37),
+    st.integers(16, 37),
+    st.integers(0, 8),
 )
 def test_any_pools_and_any_size(pools, height, width, n):
     architecture = Architecture(tuple(range(3, 3 + len(pools))), (1,) * len(pools), tuple(pools))
@@ -112,7 +115,9 @@ def test_architecture_with_a_missing_flag():
 
 
 def test_networks_of_one_seed_share_their_start():
-    a, b, c = (build_network(TINY, heads, seed=s) for heads, s in (({"a": 5}, 0), ({"b": 9}, 0), ({"a": 5}, 1)))
+    a, b, c = (
+        build_network(TINY, heads, seed=s) for heads, s in (({"a": 5}, 0), ({"b": 9}, 0), ({"a": 5}, 1))
+    )
     same = [torch.equal(x, y) for x, y in zip(a.blocks.parameters(), b.blocks.parameters(), strict=True)]
     other = [torch.equal(x, y) for x, y in zip(a.blocks.parameters(), c.blocks.parameters(), strict=True)]
     assert all(same)

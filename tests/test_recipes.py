@@ -28,7 +28,9 @@ def finished(game, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KAMAL_STORE", str(tmp_path_factory.mktemp("finished")))
         store = recipes.default_store()
-        artifacts = [load_or_train(r, store) for r in (*game.teachers.values(), *game.blocks, game.target_net)]
+        artifacts = [
+            load_or_train(r, store) for r in (*game.teachers.values(), *game.blocks, game.target_net)
+        ]
         yield store, artifacts
 
 
@@ -103,7 +105,11 @@ def test_sigkill_in_any_stage_then_the_same_weights(stage, game, finished, tmp_p
         "recipes.main(['target_net', '--profile', 'smoke'])\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -125,7 +131,9 @@ def test_sigkill_in_any_stage_then_the_same_weights(stage, game, finished, tmp_p
 def test_a_seed_redraws_everything():
     one, two = whole_game("smoke", seed=0), whole_game("smoke", seed=1)
     assert one.data.world != two.data.world
-    for a, b in zip((*one.teachers.values(), *one.blocks), (*two.teachers.values(), *two.blocks), strict=True):
+    for a, b in zip(
+        (*one.teachers.values(), *one.blocks), (*two.teachers.values(), *two.blocks), strict=True
+    ):
         assert key(a) != key(b)
 
 

@@ -6,6 +6,7 @@ list of blocks and the features of any block can be replaced. Pooling is a knob 
 sizes a block boundary need not pool.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def convolutions(channels_in: int, channels: int, channels_out: int, count: int)
     """`count` times 3×3 convolution, batch norm, ReLU; only the last one goes to `channels_out`."""
     widths = [channels_in] + [channels] * (count - 1) + [channels_out]
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
@@ -76,5 +77,5 @@ class DecoderBlock(nn.Module):
         features, switches = activation
         if self.pool:
             *rest, (indices, size) = switches
-            features, switches = F.max_unpool2d(features, indices, 2, output_size=size), tuple(rest)
+            features, switches = F.max_unpool2d(features, indices, [2, 2], output_size=size), tuple(rest)
         return Activation(self.convs(features), switches)

@@ -10,9 +10,9 @@ class ChannelCoding(nn.Module):
 
     Ye et al., section 5.1.1 and Fig. 3: "modified from the channel attention module, it consists of a global
     pooling layer and two fully connected layers". Neither layer has a bias; the hidden layer has
-    max(channels / reduction, 16) units, which gives 962,560 weights for two tasks at all ten blocks of the VGG16
-    networks: 3.3 %, the paper's "less than 4 %". W2 starts at zero, so a fresh gate is gain / 2 everywhere:
-    half closed as printed (gain 1), exactly open with gain 2.
+    max(channels / reduction, 16) units, which gives 962,560 weights for two tasks at all ten blocks of the
+    VGG16 networks: 3.3 %, the paper's "less than 4 %". W2 starts at zero, so a fresh gate is gain / 2
+    everywhere: half closed as printed (gain 1), exactly open with gain 2.
     """
 
     def __init__(self, channels: int, *, reduction: int = 4, gain: float = 1.0):

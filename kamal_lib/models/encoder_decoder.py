@@ -1,4 +1,4 @@
-"""The encoder–decoder of Ye et al., section 5.1.1: SegNet, DepthNet, NormNet and the student before it branches.
+"""The encoder–decoder of Ye et al., section 5.1.1: SegNet, DepthNet and the student before it branches.
 
 A network is `blocks` 1..N and one head for each task. Blocks 1..N/2 encode, N/2+1..N decode in mirror order.
 """
@@ -65,7 +65,9 @@ class EncoderDecoder(nn.Module):
     It can be cut after any block: `forward_from(forward_to(image, n), n)` is `forward(image)`, bit for bit.
     """
 
-    def __init__(self, architecture: Architecture, blocks: Sequence[nn.Module], heads: Mapping[str, nn.Module]):
+    def __init__(
+        self, architecture: Architecture, blocks: Sequence[nn.Module], heads: Mapping[str, nn.Module]
+    ):
         super().__init__()
         self.architecture = architecture
         self.blocks = nn.ModuleList(blocks)
@@ -104,7 +106,10 @@ def build_body(architecture: Architecture) -> list[nn.Module]:
         for (a, b), count, pool in zip(pairwise(widths), architecture.convs, architecture.pools, strict=True)
     ]
     outputs = (architecture.widths[0], *architecture.widths[:-1])
-    convs = (max(architecture.convs[0] - 1, 1), *architecture.convs[1:])  # SegNet's last convolution is the head
+    convs = (
+        max(architecture.convs[0] - 1, 1),
+        *architecture.convs[1:],
+    )  # SegNet's last convolution is the head
     decoder = [
         DecoderBlock(a, b, convs=count, pool=pool)
         for a, b, count, pool in zip(architecture.widths, outputs, convs, architecture.pools, strict=True)

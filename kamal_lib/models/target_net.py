@@ -1,4 +1,4 @@
-"""TargetNet: one encoder, a shared part of the decoder, and a branch for each task (Ye et al., section 5.1.3)."""
+"""TargetNet: one encoder, a shared part of the decoder, a branch for each task (Ye et al., section 5.1.3)."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -26,7 +26,7 @@ class Branch(nn.Module):
         return self.forward_from(trunk.with_features(self.coding(trunk.features)), self.point)
 
     def forward_from(self, activation: Activation, n: int) -> Tensor:
-        """The task's response when `activation` takes the place of this branch's block n >= point, uncoded."""
+        """The task's response when `activation` replaces this branch's block n >= point, uncoded."""
         for block in self.blocks[n - self.point :]:
             activation = block(activation)
         return self.head(activation.features)
@@ -35,8 +35,9 @@ class Branch(nn.Module):
 class TargetNet(nn.Module):
     """The student after it has branched out; it can itself be a teacher.
 
-    The trunk is blocks 1..max(branch points). `forward_from(activation, n)` with n up to a task's branch point
-    goes trunk, coding, branch; beyond it, `activation` replaces the output of that task's own branch block n.
+    The trunk is blocks 1..max(branch points). `forward_from(activation, n)` with n up to a task's branch
+    point goes trunk, coding, branch; beyond it, `activation` replaces the output of that task's own branch
+    block n.
     """
 
     def __init__(self, trunk: Sequence[nn.Module], branches: Mapping[str, Branch]):
@@ -67,7 +68,7 @@ class TargetNet(nn.Module):
         return activation
 
     def forward_from(self, activation: Activation, n: int) -> dict[str, Tensor]:
-        """The responses when `activation` takes the place of block n's output. Raises ValueError for a bad n."""
+        """The responses when `activation` replaces block n's output. Raises ValueError for a bad n."""
         blocks = {branch.point + len(branch.blocks) for _, branch in self._branches()}
         check_block(n, max(blocks))
         responses = {
