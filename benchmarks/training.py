@@ -2,9 +2,10 @@
 
     python benchmarks/training.py [--repeats 7]
 
-All variants take turns in one process, so that a machine whose speed drifts slows all of them; ratios of medians
-are what to quote. A step is forward, backward and AdamW on one batch of random images of the quick profile's size.
-The floor of a training step is three forward passes of multiply-adds: the achieved rate is printed beside it.
+All variants take turns in one process, so that a machine whose speed drifts slows all of them; ratios of
+medians are what to quote. A step is forward, backward and AdamW on one batch of random images of the quick
+profile's size. The floor of a training step is three forward passes of multiply-adds: the achieved rate is
+printed beside it.
 """
 
 import argparse
@@ -103,7 +104,8 @@ def main() -> None:
     macs = multiply_adds(build_network(ARCHITECTURE, heads, seed=0), GAME.data.size)
     best = max(value for name, value in speed.items() if name.startswith("teacher"))
     print(
-        f"floor: 3 × {macs / 1e9:.3f} G multiply-adds an image; the best teacher runs {3 * macs * best / 1e9:.0f} G/s"
+        f"floor: 3 × {macs / 1e9:.3f} G multiply-adds an image; "
+        f"the best teacher runs {3 * macs * best / 1e9:.0f} G/s"
     )
     figures = {"images_per_second": {k: round(v, 1) for k, v in speed.items()}}
     figures["ratio_to_fp32"] = {k: round(v, 2) for k, v in ratios.items()}

@@ -1,7 +1,7 @@
-"""Training and evaluation on Lightning Fabric. It knows objectives, loaders and tasks; nothing of distillation.
+"""Training and evaluation on Lightning Fabric: it knows objectives, loaders and tasks, not distillation.
 
-An *objective* is a module whose forward(batch) returns {name: loss}. What is registered in it learns and is its
-state; what it merely uses (frozen teachers, a frozen prefix) it keeps unregistered.
+An *objective* is a module whose forward(batch) returns {name: loss}. What is registered in it learns and is
+its state; what it merely uses (frozen teachers, a frozen prefix) it keeps unregistered.
 """
 
 import os
@@ -25,7 +25,7 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How something is trained: AdamW with the paper's poly policy, lr · (1 − step/steps)^power, and where."""
+    """How and where: AdamW with the paper's poly policy, lr · (1 − step/steps)^power."""
 
     epochs: int
     batch_size: int = 16
@@ -69,9 +69,9 @@ def fit(
 ) -> History:
     """Trains the objective's parameters on the sum of its losses; returns one row of mean losses per epoch.
 
-    With a `checkpoint` path the state is saved there every `save_every` seconds, and a later call goes on from
-    it: on a CPU the result is that of an uninterrupted run, bit for bit (order and augmentation of the loader
-    are functions of seed, epoch and index). Raises FloatingPointError when a loss is not finite.
+    With a `checkpoint` path the state is saved there every `save_every` seconds, and a later call goes on
+    from it: on a CPU the result is that of an uninterrupted run, bit for bit (order and augmentation of the
+    loader are functions of seed, epoch and index). Raises FloatingPointError when a loss is not finite.
     """
     objective = objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -114,7 +114,7 @@ def fit(
 
 
 def progress_bar(total: int, title: str, *, start: int = 0) -> tqdm:
-    """A bar that leaves nothing behind; silent where KAMAL_QUIET is set, as in saved notebooks and reports."""
+    """A bar that leaves nothing behind; silent where KAMAL_QUIET is set, as in reports."""
     quiet = bool(os.environ.get("KAMAL_QUIET"))
     return tqdm(total=total, initial=start, desc=title, leave=False, disable=quiet)
 
@@ -137,7 +137,7 @@ def save_progress(
 def resume(
     path: Path | None, objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, History, dict[str, float]]:
-    """(step, history, sums of the epoch) of the checkpoint, loaded into objective and optimiser; else a start."""
+    """(step, history, sums of the epoch) of a checkpoint, loaded into both modules; else a start."""
     found = load_state(path) if path is not None else None
     if found is None:
         return 0, [], {}

@@ -13,7 +13,7 @@ from kamal_lib.sample import VOID
 
 
 class SegmentationScores(Metric):
-    """Mean intersection over union and pixel accuracy, as fractions, from one confusion matrix of the whole set.
+    """Mean intersection over union and pixel accuracy, fractions, from one confusion matrix of the whole set.
 
     Void pixels are ignored. Classes that never occur in the ground truth are left out of the mean, even where
     they are predicted (the misplaced pixels then count against the classes they belong to).

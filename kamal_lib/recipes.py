@@ -1,8 +1,9 @@
 """Every trained model of the workbook: a frozen dataclass with its train function, and the profiles' numbers.
 
 `whole_game(...)` gives the recipes of one run in the order in which they are needed: a common start, the
-teachers, the student's blocks 1..N, the TargetNet. `load(recipe)` returns its network from the store, and trains
-it first where the store has none. Without Jupyter: `python -m kamal_lib.recipes target_net --profile quick`.
+teachers, the student's blocks 1..N, the TargetNet. `load(recipe)` returns its network from the store, and
+trains it first where the store has none. Without Jupyter: `python -m kamal_lib.recipes target_net --profile
+quick`.
 """
 
 import argparse
@@ -66,7 +67,7 @@ class RoomsData:
 
 @dataclass(frozen=True)
 class NYUv2Data:
-    """NYUDv2 in the folder convention: three parts of the official training set, and the official test set."""
+    """NYUDv2 in the folder convention: three parts of the official training set, and its test set."""
 
     root: str
     size: tuple[int, int]
@@ -247,7 +248,7 @@ class Amalgamation:
 
 @dataclass(frozen=True)
 class StudentBlock(Recipe):
-    """Block n of the student and its codings, trained by Eq. 6 on top of blocks 1..n−1 (Step 2 of section 5.1).
+    """Block n of the student and its codings, trained by Eq. 6 on top of blocks 1..n−1 (section 5.1, Step 2).
 
     The artefact holds the student and the codings up to here, and the held-out losses of blocks 1..n.
     """

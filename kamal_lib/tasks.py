@@ -1,7 +1,7 @@
 """A task knows what a network's response means: channels, decoding, loss, target and metrics.
 
-A target comes from a sample by one rule, whoever made the sample: the ground truth for a teacher, the teachers'
-decoded predictions for a student. Nothing that learns can tell the two apart.
+A target comes from a sample by one rule, whoever made the sample: the ground truth for a teacher, the
+teachers' decoded predictions for a student. Nothing that learns can tell the two apart.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Depth:
-    """Depth estimation by classification into `bins` bins of `bin_length` metres (Ye et al., Eqs. 2 and 3)."""
+    """Depth by classification into `bins` bins of `bin_length` metres (Ye et al., Eqs. 2 and 3)."""
 
     bins: int = 40
     bin_length: float = 0.25
@@ -99,7 +99,7 @@ def task_losses(
 
 
 class DirectObjective(nn.Module):
-    """A whole network against the targets of the samples: how teachers learn, and how a TargetNet is fine-tuned."""
+    """A whole network against its samples' targets: how teachers learn, and how a TargetNet is fine-tuned."""
 
     def __init__(
         self, network: nn.Module, tasks: Mapping[str, Task], weights: Mapping[str, float] | None = None

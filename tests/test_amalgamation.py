@@ -56,7 +56,7 @@ def step(objective: BlockObjective, batch: dict) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("n", range(1, N + 1))
 def test_eq_6_by_hand(n):
-    """The coded features of block n, pushed through the rest of the teacher with plain loops over its blocks."""
+    """The coded features of block n, pushed through the rest of the teacher by a plain loop over blocks."""
     objective, student, teachers, batch = setting(n)
     objective.train()
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def test_targets_hide_every_label_and_must_match_in_number():
 
 
 def test_overfitting_one_batch():
-    """The loss falls most of the way to its floor: what the teachers' own responses cost against themselves."""
+    """The loss falls most of the way to its floor: what the teachers' responses cost themselves."""
     objective, _, teachers, batch = setting(3)
     own = {task: t(batch["image"])[task] for task, t in teachers.items()}
     floor = float(TASKS["segmentation"].loss(own["segmentation"], batch["labels"]).detach())

@@ -1,4 +1,4 @@
-"""Blocks, encoder–decoder, channel coding and TargetNet: identities that hold bit for bit, and counted sizes."""
+"""Blocks, encoder–decoder, channel coding, TargetNet: identities that hold bit for bit, counted sizes."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_the_papers_own_crop_is_no_multiple_of_32():
 
 @pytest.mark.parametrize("n", range(TINY.blocks + 1))
 def test_replacement_identity(n):
-    """A teacher fed its own F^n, with its own switches, predicts what it always predicts (papers' README, KA 4)."""
+    """A teacher fed its own F^n, with its own switches, predicts what it always predicts."""
     teacher, x = fresh({"segmentation": 5}), image(23, 31)
     a = teacher.forward_to(x, n)
     replaced = Activation(torch.zeros_like(a.features), a.switches).with_features(a.features.clone())
@@ -95,7 +95,7 @@ def test_un_pooling_by_hand():
     block.convs = torch.nn.Identity()
     x = torch.tensor([[[[1.0, 5.0, 2.0], [3.0, 4.0, 9.0]]]])
     pooled, indices = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
-    back = block(Activation(pooled, (([(indices, (2, 3))])[0],)))
+    back = block(Activation(pooled, (Switch(indices, (2, 3)),)))
     assert back.features.tolist() == [[[[0.0, 5.0, 0.0], [0.0, 0.0, 0.0]]]]
     assert back.switches == ()
 
@@ -124,7 +124,7 @@ def test_networks_of_one_seed_share_their_start():
     assert not all(other)
 
 
-# --- sizes: the recount of VGG16-BN SegNet (papers' README, KA 1 and 13) ------------------------------------
+# --- sizes: the recount of VGG16-BN SegNet ----------------------------------------------------------------
 
 
 def test_segnet_size():
@@ -159,7 +159,7 @@ def test_branched_sizes(points, millions):
         assert parameters(*gates) == 4096
 
 
-# --- channel coding -----------------------------------------------------------------------------------------
+# --- channel coding ---------------------------------------------------------------------------------------
 
 
 def test_coding_by_hand():
@@ -182,7 +182,7 @@ def test_coding_works_on_wide_images_and_starts_half_open():
     assert torch.equal(ChannelCoding(8, gain=2.0)(features), features)
 
 
-# --- TargetNet ----------------------------------------------------------------------------------------------
+# --- TargetNet --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("points", [(4, 6), (5, 5), (6, 4), (6, 6), (4, 4)])
@@ -199,7 +199,7 @@ def test_target_net_cut_up_to_the_first_branch(points, size):
 
 
 def test_target_net_beyond_a_branch_replaces_the_tasks_own_block():
-    """For n past a task's branch point the feature enters that task's branch uncoded (papers' README, KA 12)."""
+    """For n past a task's branch point the feature enters that task's own branch, uncoded."""
     net, x = branched({"segmentation": 6, "depth": 4}), image(24, 32)
     trunk = net.forward_to(x, 4)
     own = trunk.with_features(net.branches["depth"].coding(trunk.features))
@@ -242,12 +242,12 @@ def test_a_branch_outside_the_decoder(point):
 
 def test_a_trunk_longer_than_the_last_branch():
     net = branched({"segmentation": 5, "depth": 4})
-    with pytest.raises(ValueError, match="keep exactly blocks 1..5"):
+    with pytest.raises(ValueError, match=r"keep exactly blocks 1\.\.5"):
         TargetNet([*net.trunk, fresh({}).blocks[5]], dict(net.branches.items()))
 
 
 def test_multiply_adds_of_convolutions_by_hand():
-    """Each block of TINY at the size its convolutions see, then the head; 9 weights a channel pair and pixel."""
+    """Each block of TINY at the size its convolutions see, then the head; 9 weights a channel pair."""
     network = build_network(TINY, {"depth": 3}, seed=0)
     full, half, quarter = 24 * 32, 12 * 16, 6 * 8
     encoder = full * (3 * 4 + 4 * 4) + half * (4 * 6) + half * (6 * 8 + 8 * 8)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_whole_game_at_smoke(game, finished):
 
 
 def test_saved_and_loaded_predicts_the_same(game, finished):
-    store, (*_, target) = finished
+    _, (*_, target) = finished
     image = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     first, second = (game.target_net.build(target.weights(), target.metrics) for _ in range(2))
     a, b = first(image), second(image)
@@ -59,7 +60,7 @@ def test_saved_and_loaded_predicts_the_same(game, finished):
 def test_earlier_blocks_stay_as_they_were(game, finished):
     """Block n's artefact holds blocks 1..n−1 exactly as block n−1's did, norm statistics included."""
     _, (_, _, *blocks, _) = finished
-    for n, (before, after) in enumerate(zip(blocks[:-1], blocks[1:], strict=False), 1):
+    for n, (before, after) in enumerate(pairwise(blocks), 1):
         one, two = before.weights(), after.weights()
         for name, value in one.items():
             index = name.split(".")
@@ -91,7 +92,7 @@ def test_predictions_are_the_teachers(game, finished):
 
 @pytest.mark.parametrize("stage", ["segmentation-teacher", "student-block-02", "target-net"])
 def test_sigkill_in_any_stage_then_the_same_weights(stage, game, finished, tmp_path):
-    """A second process is killed while `stage` trains; the next run ends with the bytes of the unbroken one."""
+    """A process is killed while `stage` trains; the next run ends with the bytes of the unbroken one."""
     environment = os.environ | {"KAMAL_STORE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
     code = (
         "import torch; torch.set_num_threads(2)\n"

@@ -15,9 +15,9 @@ WRAPPERS = {"labels": lambda t: tv_tensors.Mask(t.long()), "depth": Depth}
 class WithTargets(Dataset[Sample]):
     """The images of `images`, and nothing else of theirs, with `targets[key][i]` as the target of image i.
 
-    `targets` maps a sample's key ("labels": N×H×W class ids, "depth": N×H×W metres) to the stored predictions.
-    Whatever the data set knows of its images beside the pixels is left out, so no label can slip in. Raises
-    ValueError where the numbers of images and predictions differ.
+    `targets` maps a sample's key ("labels": N×H×W class ids, "depth": N×H×W metres) to the stored
+    predictions. Whatever the data set knows of its images beside the pixels is left out, so no label can
+    slip in. Raises ValueError where the numbers of images and predictions differ.
     """
 
     def __init__(self, images: Dataset[Sample], targets: Mapping[str, Tensor]):
@@ -32,6 +32,6 @@ class WithTargets(Dataset[Sample]):
         return len(self.images)  # pyright: ignore[reportArgumentType]
 
     def __getitem__(self, index: int) -> Sample:
-        sample: dict[str, Any] = {"image": self.images[index]["image"]}
+        sample: dict[str, Any] = {"image": cast(dict[str, Any], self.images[index])["image"]}
         sample |= {key: WRAPPERS[key](stored[index]) for key, stored in self.targets.items()}
         return cast(Sample, sample)

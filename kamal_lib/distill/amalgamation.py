@@ -1,9 +1,9 @@
 """Knowledge amalgamation, block by block (Ye et al., section 5.1): Eqs. 6 and 7.
 
-The student learns block n "intertwined with the teachers": its features F_u^n are projected into each teacher's
-domain by that teacher's channel coding, take the place of the teacher's own features of block n, and the rest of
-the teacher turns them into a prediction. The loss compares that prediction with the one which the whole teacher
-made of the same image. No label takes part.
+The student learns block n "intertwined with the teachers": its features F_u^n are projected into each
+teacher's domain by that teacher's channel coding, take the place of the teacher's own features of block n,
+and the rest of the teacher turns them into a prediction. The loss compares that prediction with the one
+which the whole teacher made of the same image. No label takes part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,6 @@ from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import EncoderDecoder, check_block
 from kamal_lib.tasks import Task, task_losses
 
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -28,14 +27,14 @@ def freeze(module: Module) -> Module:
 class BlockObjective(nn.Module):
     """Eq. 6 at block n: L_u = Σ_t λ_t L_t(target, prediction of teacher t with F_ut^n in place of F_t^n).
 
-    What learns is block n of the student and its codings; they are this module's parameters and its whole state.
-    Blocks 1..n−1 of the student and the teachers are used frozen, and stay in eval mode whatever is asked.
-    With `train_prefix` blocks 1..n learn together. Un-pooling uses the student's switches up to block n and the
-    hybrid's own beyond, as at test time.
+    What learns is block n of the student and its codings; they are this module's parameters and its whole
+    state. Blocks 1..n−1 of the student and the teachers are used frozen, and stay in eval mode whatever is
+    asked. With `train_prefix` blocks 1..n learn together. Un-pooling uses the student's switches up to
+    block n and the hybrid's own beyond, as at test time.
 
-    A batch holds images and, as targets, the teachers' own stored predictions. One coding serves each teacher,
-    so a teacher of two tasks has one. Raises ValueError for n outside 1..N, for teachers that do not share the
-    student's blocks, and for a coding that is missing.
+    A batch holds images and, as targets, the teachers' own stored predictions. One coding serves each
+    teacher, so a teacher of two tasks has one. Raises ValueError for n outside 1..N, for teachers that do
+    not share the student's blocks, and for a coding that is missing.
     """
 
     def __init__(
@@ -89,8 +88,8 @@ def check_same_blocks(student: EncoderDecoder, teacher: EncoderDecoder, name: st
     theirs = [(block.channels, block.pool) for block in teacher.blocks]
     if len(ours) != len(theirs):
         raise ValueError(
-            f"the {name} teacher has {len(theirs)} blocks and the student {len(ours)}: block-wise amalgamation "
-            f"pairs block n with block n, so build the student with the teachers' architecture"
+            f"the {name} teacher has {len(theirs)} blocks and the student {len(ours)}: amalgamation pairs "
+            f"block n with block n, so build the student with the teachers' architecture"
         )
     for n, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
         if a != b:

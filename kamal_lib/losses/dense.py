@@ -15,7 +15,7 @@ from kamal_lib.sample import VOID
 def image_mean(
     values: Float[Tensor, "batch height width"], valid: Bool[Tensor, "batch height width"]
 ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """(mean over the valid pixels of each image, whether the image has any); the mean is 0 where it has none."""
+    """(mean over the valid pixels of each image, whether it has any); the mean is 0 where it has none."""
     count = valid.sum(dim=(1, 2))
     total = torch.where(valid, values, 0).sum(dim=(1, 2))
     return total / count.clamp(min=1), count > 0
@@ -36,8 +36,8 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Eq. 1 without its regulariser: ℓ(S*, S) averaged over the labelled pixels, in nats.
 
-    `labels` hold class ids, or `VOID`. The term λR(θ) is the optimiser's weight decay. Raises ValueError for a
-    label that is neither a class nor `VOID`.
+    `labels` hold class ids, or `VOID`. The term λR(θ) is the optimiser's weight decay. Raises ValueError
+    for a label that is neither a class nor `VOID`.
     """
     classes = response.shape[1]
     valid = labels != VOID
