@@ -23,7 +23,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
-NBVAL := $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+NBVAL := KAMAL_QUIET=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg
 OPTIONS = $(if $(DATA),--data "$(DATA)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") \
 	$(if $(PROFILE),--profile "$(PROFILE)") $(if $(SEED),--seed "$(SEED)") $(if $(OUT),--out "$(OUT)")

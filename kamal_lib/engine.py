@@ -4,6 +4,7 @@ An *objective* is a module whose forward(batch) returns {name: loss}. What is re
 its state; what it merely uses (frozen teachers, a frozen prefix) it keeps unregistered.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,15 +26,24 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How and where: AdamW with the paper's poly policy, lr · (1 − step/steps)^power."""
+    """How and where: AdamW with the paper's poly policy, lr · (1 − step/steps)^power.
+
+    `warmup` is the share of the steps in which the rate first rises from 0, linearly; the paper has none.
+    """
 
     epochs: int
     batch_size: int = 16
     learning_rate: float = 4e-3
     weight_decay: float = 1e-4
     power: float = 0.9
+    warmup: float = 0.0
     precision: str = "32-true"
     device: str = "auto"
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step 0..steps−1."""
+        rising = min(1.0, (step + 1) / (self.warmup * steps)) if self.warmup else 1.0
+        return self.learning_rate * rising * (1 - step / steps) ** self.power
 
 
 def make_fabric(device: str = "auto", *, precision: str = "32-true") -> Fabric:
@@ -47,8 +57,15 @@ def make_fabric(device: str = "auto", *, precision: str = "32-true") -> Fabric:
         raise RuntimeError("device 'gpu' was asked for, but torch sees no GPU: use 'auto' or 'cpu'")
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(f"precision must be '32-true' or 'bf16-mixed', got {precision!r}")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces bfloat16 at every use
     accelerator = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     return Fabric(accelerator=accelerator, devices=1, precision=precision)  # pyright: ignore[reportArgumentType]
+
+
+def fast_precision() -> str:
+    """ "bf16-mixed" on a processor that computes bfloat16 itself, else "32-true"; so too where torch cannot tell."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
 
 
 def to_device(fabric: Fabric, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +108,7 @@ def fit(
                     save_progress(checkpoint, objective, optimizer, step, history, sums)
                     saved = time.monotonic()
                 for group in optimizer.param_groups:
-                    group["lr"] = schedule.learning_rate * (1 - step / steps) ** schedule.power
+                    group["lr"] = schedule.rate(step, steps)
                 losses: dict[str, Tensor] = model(to_device(fabric, batch))
                 total = torch.stack(list(losses.values())).sum()
                 if not bool(torch.isfinite(total)):

@@ -57,7 +57,9 @@ def choose(folder: Path, names: Sequence[str] = (), study: str | None = None) ->
     pattern = "studies/*.ipynb" if study else "[0-9][0-9]_*.ipynb"
     known = {path.stem: path for path in sorted(folder.glob(pattern))}
     if not known:
-        raise FileNotFoundError(f"no notebook {pattern} in {folder}: run this in a checkout of the workbook")
+        raise FileNotFoundError(
+            f"no notebook {pattern} in {folder}: run this in a checkout of the workbook that has some"
+        )
     chosen = []
     for name in [study] if study else names or known:
         found = [path for stem, path in known.items() if name in (stem, stem.split("_")[0])]
@@ -224,6 +226,7 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
         parser.error("--in-place takes no parameters: the committed outputs are those of the notebooks' own")
     if options.in_place:
         os.environ["KAMAL_PROFILE"] = "quick"
+    os.environ["KAMAL_QUIET"] = "1"  # progress bars would be saved frozen at 0 %
     # papermill's own inspection overlooks `x: str | None` and would warn of an unknown parameter
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

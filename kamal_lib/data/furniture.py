@@ -21,7 +21,7 @@ PALETTE: dict[str, tuple[Triple, ...]] = {
     "books": ((0.6, 0.14, 0.1), (0.12, 0.24, 0.52), (0.66, 0.54, 0.28), (0.12, 0.36, 0.18)),
     "ceiling": ((0.85, 0.84, 0.8), (0.72, 0.7, 0.66)),
     "chair": ((0.08, 0.08, 0.09), (0.45, 0.13, 0.1), _DARK, (0.24, 0.28, 0.36)),
-    "floor": (_MIDDLE, _LIGHT, (0.4, 0.36, 0.3), (0.3, 0.28, 0.27)),
+    "floor": ((0.5, 0.36, 0.22), (0.4, 0.36, 0.3), (0.3, 0.28, 0.27), (0.36, 0.34, 0.4)),
     "furniture": (_DARK, _MIDDLE, _MIDDLE, _LIGHT, (0.78, 0.74, 0.7)),
     "objects": ((0.7, 0.18, 0.12), (0.16, 0.4, 0.66), (0.7, 0.7, 0.3), (0.16, 0.4, 0.14), (0.7, 0.7, 0.6)),
     "picture": ((0.35, 0.38, 0.42), (0.55, 0.4, 0.22), (0.18, 0.28, 0.24), (0.78, 0.74, 0.66)),
@@ -59,8 +59,8 @@ class Draw:
 
     def colour(self, label: str) -> Triple:
         """Mostly near one of the class's usual colours, sometimes any colour at all."""
-        usual = self.chance(0.95)
-        base, spread = (self.pick(PALETTE[label]), 0.07) if usual else ((0.4, 0.4, 0.4), 0.36)
+        usual = self.chance(0.97)
+        base, spread = (self.pick(PALETTE[label]), 0.05) if usual else ((0.4, 0.4, 0.4), 0.36)
         light = self(0.85, 1.15)
         r, g, b = (min(max(round(c * light + self(-spread, spread), 4), 0.02), 0.95) for c in base)
         return r, g, b

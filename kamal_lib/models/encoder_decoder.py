@@ -39,7 +39,7 @@ class Architecture:
 
 
 SLIM = Architecture(
-    widths=(24, 32, 48, 64, 64), convs=(2, 2, 2, 2, 2), pools=(True, True, False, False, False)
+    widths=(16, 32, 64, 64, 64), convs=(2, 2, 2, 2, 2), pools=(True, True, False, False, False)
 )
 """About 0.4 M parameters, for images of about 48×64 on a CPU: five encoder blocks, two of which pool."""
 

@@ -1,107 +1,41 @@
-"""Every trained model of the workbook: a frozen dataclass with its train function, and the profiles' numbers.
+"""The stages of knowledge amalgamation (Ye et al., section 5.1), each trained once and kept in the store.
 
-`whole_game(...)` gives the recipes of one run in the order in which they are needed: a common start, the
-teachers, the student's blocks 1..N, the TargetNet. `load(recipe)` returns its network from the store, and
-trains it first where the store has none. Without Jupyter: `python -m kamal_lib.recipes target_net --profile
-quick`.
+A common start, the teachers, their stored predictions, the student's blocks 1..N, and the TargetNet: each
+is a frozen dataclass whose `train` makes it from its parents, and whose `build` turns stored weights into a
+network.
 """
 
-import argparse
-import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import kamal_lib.data
 import kamal_lib.losses
 import kamal_lib.models
 from kamal_lib import engine, metrics, sample, tasks
-from kamal_lib.artifacts import Artifact, Recipe, Result, Work, default_store, load_or_train
-from kamal_lib.data import scenes
-from kamal_lib.data.loaders import Preloaded, loader
-from kamal_lib.data.nyud import CLASSES_13, NYUDv2
-from kamal_lib.data.synthetic import Rooms
+from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.targets import WithTargets
-from kamal_lib.data.transforms import eval_transform, train_transform
+from kamal_lib.data.transforms import train_transform
 from kamal_lib.distill import amalgamation
 from kamal_lib.distill.amalgamation import BlockObjective, branch_points
-from kamal_lib.engine import Schedule, evaluate, fit, make_fabric, mean_losses, predict
+from kamal_lib.engine import Schedule, fit, make_fabric, mean_losses, predict
 from kamal_lib.models.coding import ChannelCoding
-from kamal_lib.models.encoder_decoder import SLIM, VGG16, Architecture, EncoderDecoder, build_network
+from kamal_lib.models.encoder_decoder import Architecture, EncoderDecoder, build_network
 from kamal_lib.models.target_net import TargetNet, branch_out
-from kamal_lib.tasks import Depth, DirectObjective, Segmentation, Task
+from kamal_lib.recipes import data
+from kamal_lib.recipes.data import Data, batches, scores, tasks_of
+from kamal_lib.tasks import DirectObjective
 
 TRAINING: tuple[ModuleType, ...] = (
-    engine,
-    kamal_lib.data,
-    kamal_lib.losses,
-    kamal_lib.models,
-    metrics,
-    sample,
-    tasks,
+    *(kamal_lib.data, kamal_lib.losses, kamal_lib.models, engine, metrics, sample, tasks, amalgamation, data),
+    sys.modules[__name__],
 )
-
-
-@dataclass(frozen=True)
-class RoomsData:
-    """Procedural rooms; `world` redraws all of them."""
-
-    labelled: int
-    unlabelled: int
-    validation: int
-    test: int
-    size: tuple[int, int]
-    world: int = 0
-    classes: tuple[str, ...] = scenes.CLASSES
-
-    def part(self, name: str) -> Dataset:
-        """The samples of "labelled", "unlabelled", "validation" or "test"."""
-        height, width = self.size
-        folder = default_store() / "rooms"
-        return Rooms(name, getattr(self, name), height=height, width=width, world=self.world, folder=folder)
-
-
-@dataclass(frozen=True)
-class NYUv2Data:
-    """NYUDv2 in the folder convention: three parts of the official training set, and its test set."""
-
-    root: str
-    size: tuple[int, int]
-    world: int = 0
-    classes: tuple[str, ...] = CLASSES_13
-
-    def part(self, name: str) -> Dataset:
-        """The samples of "labelled", "unlabelled", "validation" or "test"."""
-        images = NYUDv2(self.root, name, classes=len(self.classes), world=self.world)
-        return Preloaded(images, eval_transform(self.size))
-
-
-Data = RoomsData | NYUv2Data
-
-
-def tasks_of(data: Data) -> dict[str, Task]:
-    """The tasks that the workbook's networks are taught on `data`."""
-    return {"segmentation": Segmentation(data.classes), "depth": Depth()}
-
-
-def batches(
-    dataset: Dataset, schedule: Schedule, *, seed: int = 0, shuffle: bool = False, transform=None
-) -> DataLoader:
-    """`dataset` in batches of the schedule's size."""
-    return loader(dataset, batch_size=schedule.batch_size, shuffle=shuffle, seed=seed, transform=transform)
-
-
-def scores(network: nn.Module, data: Data, schedule: Schedule) -> dict[str, dict[str, float]]:
-    """{"validation": {...}, "test": {...}}: the metrics of all that the network predicts."""
-    fabric = make_fabric(schedule.device, precision=schedule.precision)
-    return {
-        part: evaluate(network, batches(data.part(part), schedule), tasks_of(data), fabric=fabric)
-        for part in ("validation", "test")
-    }
+"""What every stage's result depends on: a change of any of it makes stored results out of date."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +46,7 @@ class CommonStart(Recipe):
     seed: int
 
     def sources(self) -> tuple[ModuleType, ...]:
-        return (kamal_lib.models,)
+        return TRAINING
 
     def name(self) -> str:
         return "common-start"
@@ -257,7 +191,7 @@ class StudentBlock(Recipe):
     amalgamation: Amalgamation
 
     def sources(self) -> tuple[ModuleType, ...]:
-        return (*TRAINING, amalgamation)
+        return TRAINING
 
     def name(self) -> str:
         return f"student-block-{self.n:02d}"
@@ -326,7 +260,7 @@ class BranchedStudent(Recipe):
     amalgamation: Amalgamation
 
     def sources(self) -> tuple[ModuleType, ...]:
-        return (*TRAINING, amalgamation)
+        return TRAINING
 
     def name(self) -> str:
         return "target-net"
@@ -363,122 +297,3 @@ class BranchedStudent(Recipe):
         )
         found = scores(target_net, plan.data, plan.fine_tuning)
         return Result(target_net.state_dict(), {"branch_points": points, **found}, history)
-
-
-@dataclass(frozen=True)
-class WholeGame:
-    """The recipes of one run, from teachers to TargetNet."""
-
-    teachers: dict[str, TaskTeacher]
-    blocks: tuple[StudentBlock, ...]
-    target_net: BranchedStudent
-
-    @property
-    def data(self) -> Data:
-        """What the run learns from and is measured on."""
-        return self.target_net.amalgamation.data
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How large a run is."""
-
-    architecture: Architecture
-    rooms: RoomsData
-    nyuv2_size: tuple[int, int]
-    teacher: Schedule
-    block: Schedule
-    fine_tuning: Schedule
-
-
-PROFILES = {
-    "smoke": Profile(  # seconds: that everything fits together, nothing else
-        architecture=Architecture((8, 8), (1, 1), (True, True)),
-        rooms=RoomsData(labelled=8, unlabelled=8, validation=4, test=4, size=(24, 32)),
-        nyuv2_size=(24, 32),
-        teacher=Schedule(epochs=1, batch_size=4),
-        block=Schedule(epochs=1, batch_size=4),
-        fine_tuning=Schedule(epochs=1, batch_size=4),
-    ),
-    "quick": Profile(  # two CPU cores, minutes
-        architecture=SLIM,
-        rooms=RoomsData(labelled=400, unlabelled=1600, validation=100, test=200, size=(48, 64)),
-        nyuv2_size=(72, 96),
-        teacher=Schedule(epochs=50),
-        block=Schedule(epochs=1),
-        fine_tuning=Schedule(epochs=6),
-    ),
-    "gpu": Profile(  # one GPU, the paper's network and schedule
-        architecture=VGG16,
-        rooms=RoomsData(labelled=800, unlabelled=10_000, validation=200, test=600, size=(240, 320)),
-        nyuv2_size=(240, 320),
-        teacher=Schedule(epochs=60, batch_size=8, learning_rate=1e-3, precision="bf16-mixed", device="gpu"),
-        block=Schedule(epochs=2, batch_size=8, learning_rate=1e-3, precision="bf16-mixed", device="gpu"),
-        fine_tuning=Schedule(
-            epochs=4, batch_size=8, learning_rate=5e-4, precision="bf16-mixed", device="gpu"
-        ),
-    ),
-}
-
-
-def whole_game(
-    profile: str | None = None, *, data: str = "rooms", data_root: str | None = None, seed: int = 0
-) -> WholeGame:
-    """The recipes of one run. `profile` None means the environment's KAMAL_PROFILE, else "quick".
-
-    A seed redraws everything: rooms, common start, order of the images. Raises ValueError for an unknown
-    profile or data set, and for NYUDv2 without a `data_root`.
-    """
-    name = profile or os.environ.get("KAMAL_PROFILE") or "quick"
-    if name not in PROFILES:
-        raise ValueError(f"profile {name!r} does not exist: choose one of {', '.join(PROFILES)}")
-    p = PROFILES[name]
-    if data == "rooms":
-        source: Data = replace(p.rooms, world=seed)
-    elif data == "nyuv2":
-        if data_root is None:
-            raise ValueError("data 'nyuv2' needs data_root, the folder that holds image/, seg40/ and depth/")
-        source = NYUv2Data(data_root, p.nyuv2_size, world=seed)
-    else:
-        raise ValueError(f"data must be 'rooms' or 'nyuv2', got {data!r}")
-    start = CommonStart(p.architecture, seed)
-    teachers = {task: TaskTeacher(task, source, start, p.teacher) for task in tasks_of(source)}
-    plan = Amalgamation(
-        tuple(teachers.values()), (("segmentation", 1.0), ("depth", 4.0)), p.block, p.fine_tuning, seed=seed
-    )
-    blocks = tuple(StudentBlock(n, plan) for n in range(1, p.architecture.blocks + 1))
-    return WholeGame(teachers, blocks, BranchedStudent(plan))
-
-
-def trained(recipe: Recipe) -> Artifact:
-    """The recipe's artefact (weights, metrics, history) from the default store, trained first if need be."""
-    return load_or_train(recipe, default_store())
-
-
-def load(recipe):
-    """The recipe's network in eval mode (for a block: student and codings), trained first if need be."""
-    artifact = trained(recipe)
-    return recipe.build(artifact.weights(), artifact.metrics)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Trains one stage of a run, and what it needs, in resumable pieces; prints its metrics."""
-    parser = argparse.ArgumentParser(prog="python -m kamal_lib.recipes", description=main.__doc__)
-    parser.add_argument("stage", choices=["teachers", "blocks", "target_net"])
-    parser.add_argument("--profile", choices=list(PROFILES))
-    parser.add_argument("--data", default="rooms", choices=["rooms", "nyuv2"])
-    parser.add_argument("--data-root")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    game = whole_game(options.profile, data=options.data, data_root=options.data_root, seed=options.seed)
-    stages = {
-        "teachers": tuple(game.teachers.values()),
-        "blocks": game.blocks,
-        "target_net": (game.target_net,),
-    }
-    for recipe in stages[options.stage]:
-        print(recipe.name(), trained(recipe).metrics)
-
-
-if __name__ == "__main__":
-    main()

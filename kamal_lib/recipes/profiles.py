@@ -1,0 +1,132 @@
+"""How large a run is: the numbers of the profiles, and the recipes of a whole run."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from kamal_lib.engine import Schedule, fast_precision
+from kamal_lib.models.encoder_decoder import SLIM, VGG16, Architecture
+from kamal_lib.recipes.amalgamation import (
+    Amalgamation,
+    BranchedStudent,
+    CommonStart,
+    StudentBlock,
+    TaskTeacher,
+)
+from kamal_lib.recipes.data import Data, NYUv2Data, RoomsData, tasks_of
+
+
+@dataclass(frozen=True)
+class WholeGame:
+    """The recipes of one run, from teachers to TargetNet."""
+
+    teachers: dict[str, TaskTeacher]
+    blocks: tuple[StudentBlock, ...]
+    target_net: BranchedStudent
+
+    @property
+    def data(self) -> Data:
+        """What the run learns from and is measured on."""
+        return self.target_net.amalgamation.data
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """How long each stage trains."""
+
+    teachers: Mapping[str, Schedule]
+    block: Schedule
+    fine_tuning: Schedule
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large a run is, on rooms and on NYUDv2."""
+
+    architecture: Architecture
+    rooms: RoomsData
+    rooms_schedules: Schedules
+    nyuv2_size: tuple[int, int]
+    nyuv2_schedules: Schedules
+
+
+GPU = Schedule(epochs=60, batch_size=8, learning_rate=1e-3, precision="bf16-mixed", device="gpu")
+QUICK = Schedule(epochs=1, weight_decay=0.01, warmup=0.1, precision=fast_precision())
+SECONDS = Schedule(epochs=1, batch_size=4)
+
+PROFILES = {
+    "smoke": Profile(  # seconds: that everything fits together, nothing else
+        architecture=Architecture((8, 8), (1, 1), (True, True)),
+        rooms=RoomsData(labelled=8, unlabelled=8, validation=4, test=4, size=(24, 32)),
+        rooms_schedules=Schedules({"segmentation": SECONDS, "depth": SECONDS}, SECONDS, SECONDS),
+        nyuv2_size=(24, 32),
+        nyuv2_schedules=Schedules({"segmentation": SECONDS, "depth": SECONDS}, SECONDS, SECONDS),
+    ),
+    # two CPU cores, minutes; NYUDv2's 399 images for the student are seen more often than 1,000 rooms
+    "quick": Profile(
+        architecture=SLIM,
+        rooms=RoomsData(labelled=400, unlabelled=1000, validation=100, test=200, size=(48, 64)),
+        rooms_schedules=Schedules(
+            {"segmentation": replace(QUICK, epochs=40), "depth": replace(QUICK, epochs=20)},
+            QUICK,
+            replace(QUICK, epochs=8),
+        ),
+        nyuv2_size=(72, 96),
+        nyuv2_schedules=Schedules(
+            {"segmentation": replace(QUICK, epochs=40), "depth": replace(QUICK, epochs=40)},
+            replace(QUICK, epochs=2),
+            replace(QUICK, epochs=20),
+        ),
+    ),
+    "gpu": Profile(  # one GPU, the paper's network, its batch size and its two epochs a block
+        architecture=VGG16,
+        rooms=RoomsData(labelled=800, unlabelled=10_000, validation=200, test=600, size=(240, 320)),
+        rooms_schedules=Schedules(
+            {"segmentation": GPU, "depth": GPU},
+            replace(GPU, epochs=2),
+            replace(GPU, epochs=4, learning_rate=5e-4),
+        ),
+        nyuv2_size=(240, 320),
+        nyuv2_schedules=Schedules(
+            {"segmentation": GPU, "depth": GPU},
+            replace(GPU, epochs=20),
+            replace(GPU, epochs=40, learning_rate=5e-4),
+        ),
+    ),
+}
+
+
+def whole_game(
+    profile: str | None = None, *, data: str = "rooms", data_root: str | None = None, seed: int = 0
+) -> WholeGame:
+    """The recipes of one run. `profile` None means the environment's KAMAL_PROFILE, else "quick".
+
+    A seed redraws everything: rooms, common start, order of the images. Raises ValueError for an unknown
+    profile or data set, and for NYUDv2 without a `data_root`.
+    """
+    name = profile or os.environ.get("KAMAL_PROFILE") or "quick"
+    if name not in PROFILES:
+        raise ValueError(f"profile {name!r} does not exist: choose one of {', '.join(PROFILES)}")
+    p = PROFILES[name]
+    if data == "rooms":
+        source: Data = replace(p.rooms, world=seed)
+        schedules = p.rooms_schedules
+    elif data == "nyuv2":
+        if data_root is None:
+            raise ValueError("data 'nyuv2' needs data_root, the folder that holds image/, seg40/ and depth/")
+        source = NYUv2Data(data_root, p.nyuv2_size, world=seed)
+        schedules = p.nyuv2_schedules
+    else:
+        raise ValueError(f"data must be 'rooms' or 'nyuv2', got {data!r}")
+    start = CommonStart(p.architecture, seed)
+    teachers = {task: TaskTeacher(task, source, start, schedules.teachers[task]) for task in tasks_of(source)}
+    plan = Amalgamation(
+        tuple(teachers.values()),
+        weights=(("segmentation", 1.0), ("depth", 4.0)),
+        blocks=schedules.block,
+        fine_tuning=schedules.fine_tuning,
+        gain=2.0,  # fresh gates are open: better than half closed on held-out rooms, see CHANGELOG.md
+        seed=seed,
+    )
+    blocks = tuple(StudentBlock(n, plan) for n in range(1, p.architecture.blocks + 1))
+    return WholeGame(teachers, blocks, BranchedStudent(plan))
