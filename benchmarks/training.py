@@ -45,7 +45,9 @@ def block_objective() -> nn.Module:
     }
     student = build_network(ARCHITECTURE, {}, seed=1)
     codings = {name: ChannelCoding(student.channels[n - 1]) for name in TASKS}
-    return BlockObjective(student, teachers, codings, n, tasks=TASKS, weights={"depth": 4.0})
+    return BlockObjective(
+        student, teachers, codings, n, tasks=TASKS, weights={"segmentation": 1.0, "depth": 4.0}
+    )
 
 
 def stepper(objective: nn.Module, *, precision: str, channels_last: bool) -> Callable[[], None]:

@@ -57,13 +57,13 @@ def make_fabric(device: str = "auto", *, precision: str = "32-true") -> Fabric:
         raise RuntimeError("device 'gpu' was asked for, but torch sees no GPU: use 'auto' or 'cpu'")
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(f"precision must be '32-true' or 'bf16-mixed', got {precision!r}")
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces bfloat16 at every use
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # announces bfloat16 at every use
     accelerator = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     return Fabric(accelerator=accelerator, devices=1, precision=precision)  # pyright: ignore[reportArgumentType]
 
 
 def fast_precision() -> str:
-    """ "bf16-mixed" on a processor that computes bfloat16 itself, else "32-true"; so too where torch cannot tell."""
+    """ "bf16-mixed" on a processor that computes bfloat16 itself, "32-true" on others and where unknown."""
     able = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
 

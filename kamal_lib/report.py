@@ -227,6 +227,7 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
     if options.in_place:
         os.environ["KAMAL_PROFILE"] = "quick"
     os.environ["KAMAL_QUIET"] = "1"  # progress bars would be saved frozen at 0 %
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for the kernels: see the Makefile
     # papermill's own inspection overlooks `x: str | None` and would warn of an unknown parameter
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

@@ -60,7 +60,12 @@ def test_eq_6_by_hand(n):
     objective, student, teachers, batch = setting(n)
     objective.train()
     torch.manual_seed(0)
+    for coding in objective.codings.values():
+        torch.nn.init.normal_(coding.expand.weight)
+    learning = [p for p in objective.parameters() if p.requires_grad]
     found = objective(batch)
+    gradients = torch.autograd.grad(torch.stack(list(found.values())).sum(), learning)
+    total = torch.zeros(())
     a = student.forward_to(batch["image"], n - 1)
     a = student.blocks[n - 1](a)
     for task, network in teachers.items():
@@ -71,6 +76,9 @@ def test_eq_6_by_hand(n):
         target = batch["labels"] if task == "segmentation" else batch["depth"]
         expected = WEIGHTS[task] * TASKS[task].loss(response, target)
         assert torch.allclose(found[task], expected, rtol=1e-5)
+        total = total + expected
+    for mine, theirs in zip(torch.autograd.grad(total, learning), gradients, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", range(1, N + 1))
@@ -78,7 +86,10 @@ def test_only_block_n_and_its_codings_learn(n):
     objective, student, teachers, batch = setting(n)
     students, theirs = state(student), {task: state(t) for task, t in teachers.items()}
     codings = state(objective.codings)
+    learning = {name: p.detach().clone() for name, p in objective.learning.named_parameters()}
     step(objective, batch)
+    still = {name for name, p in objective.learning.named_parameters() if torch.equal(p, learning[name])}
+    assert not {name for name in still if not name.endswith("0.bias")}  # batch norm cancels a bias
     moved = {name.split(".")[1] for name in changed(students, student)}
     assert moved == {str(n - 1)}
     assert changed(codings, objective.codings)
@@ -132,24 +143,7 @@ def test_a_student_that_is_the_teacher_agrees_with_it(n):
     image = torch.rand(2, 3, 17, 19)
     batch = {"image": image, "depth": TASKS["depth"].decode(network(image)["depth"]).detach()}
     objective = BlockObjective(student, {"depth": network}, codings, n, tasks=TASKS, weights=WEIGHTS).eval()
-    assert float(objective(batch)["depth"]) == 0
-
-
-def test_un_pooling_uses_the_students_switches_up_to_n():
-    """Beyond block n the hybrid pools for itself; a decoder block undoes the pools in reverse order."""
-    objective, student, teachers, batch = setting(1)
-    objective.eval()
-    a = student.eval().forward_to(batch["image"], 1)
-    seen = {}
-    with torch.no_grad():
-        b = a.with_features(objective.codings["depth"](a.features))
-        for m, block in enumerate(list(teachers["depth"].blocks)[1:], 2):
-            b = block(b)
-            seen[m] = b.switches
-    assert seen[2][0].indices is a.switches[0].indices
-    own = teachers["depth"].forward_to(batch["image"], 1)
-    assert not torch.equal(own.switches[0].indices, a.switches[0].indices)
-    assert [len(seen[m]) for m in (2, 3, 4)] == [2, 1, 0]
+    assert float(objective(batch)["depth"].detach()) == 0
 
 
 def test_gradients_of_the_coded_path():
@@ -232,6 +226,22 @@ def test_a_teacher_without_coding():
 
 class Images(list, torch.utils.data.Dataset):
     """A data set that knows more than it should tell."""
+
+
+def test_a_task_without_weight():
+    teachers, codings = {"depth": teacher("depth", 2)}, {"depth": ChannelCoding(4)}
+    with pytest.raises(ValueError, match=r"tasks \['depth'\] have no weight λ in Eq. 6"):
+        BlockObjective(build_network(TINY, {}, seed=0), teachers, codings, 1, tasks=TASKS, weights={})
+
+
+def test_blocks_frozen_for_one_objective_learn_in_the_next():
+    _, student, teachers, _ = setting(2)
+    for n, prefix in ((1, False), (2, False), (2, True)):
+        codings = {task: ChannelCoding(student.channels[n - 1]) for task in TASKS}
+        objective = BlockObjective(
+            student, teachers, codings, n, tasks=TASKS, weights=WEIGHTS, train_prefix=prefix
+        )
+        assert all(p.requires_grad for p in objective.parameters())
 
 
 def test_targets_hide_every_label_and_must_match_in_number():

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from kamal_lib.data.loaders import loader
-from kamal_lib.engine import Schedule, evaluate, fit, make_fabric, mean_losses
+from kamal_lib.engine import Schedule, evaluate, fast_precision, fit, make_fabric, mean_losses
 from kamal_lib.tasks import Depth, DirectObjective, Segmentation
 
 TASKS = {"segmentation": Segmentation(("a", "b", "c")), "depth": Depth(bins=4, bin_length=0.5)}
@@ -98,6 +98,31 @@ def test_killed_and_resumed_is_bit_for_bit(stop_at, tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_a_step_is_adamw_on_the_sum_of_all_losses_in_training_mode():
+    class Two(DirectObjective):
+        def forward(self, batch):
+            loss = super().forward(batch)["segmentation"]
+            return {"once": loss, "twice": 2 * loss}
+
+    schedule = Schedule(epochs=1, batch_size=4, learning_rate=0.01, weight_decay=0.1)
+    network, expected = Small(), Small()
+    fit(
+        Two(network, TASKS),
+        loader(Toy(), batch_size=4, shuffle=False, seed=0),
+        schedule,
+        fabric=make_fabric("cpu"),
+    )
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.01, weight_decay=0.1)
+    for step, batch in enumerate(loader(Toy(), batch_size=4, shuffle=False, seed=0)):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 3) ** 0.9
+        response = expected.train()(batch["image"])["segmentation"]
+        optimizer.zero_grad()
+        (3 * nn.functional.cross_entropy(response, batch["labels"])).backward()
+        optimizer.step()
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(value, network.state_dict()[name], rtol=1e-4, atol=1e-5), name
+
+
 def test_poly_policy():
     rates = []
     real = torch.optim.AdamW.step
@@ -112,6 +137,16 @@ def test_poly_policy():
     finally:
         torch.optim.AdamW.step = real
     assert rates == pytest.approx([0.01 * (1 - step / 9) ** 0.9 for step in range(9)])
+
+
+def test_warm_up_rises_over_its_share_and_then_follows_the_policy():
+    plain, warm = Schedule(epochs=1), Schedule(epochs=1, warmup=0.2)
+    rising = [warm.rate(step, 20) / plain.rate(step, 20) for step in range(20)]
+    assert rising == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 17)
+
+
+def test_the_fast_precision_is_one_that_fabric_takes():
+    assert make_fabric("cpu", precision=fast_precision()).device.type == "cpu"
 
 
 def test_only_what_asks_for_gradients_learns():

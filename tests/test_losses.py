@@ -228,6 +228,7 @@ def test_direct_objective_is_the_tasks_loss():
     batch = {"image": noise(2, 3, 4, 4), "depth": noise(2, 4, 4, seed=1).abs() + 0.1}
     expected = TASKS["depth"].loss(network(batch["image"]), batch["depth"])
     assert torch.equal(objective(batch)["depth"], expected)
+    assert torch.equal(DirectObjective(Named(network), TASKS, {"depth": 4.0})(batch)["depth"], 4 * expected)
 
 
 class Named(torch.nn.Module):

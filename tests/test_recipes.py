@@ -1,6 +1,7 @@
 """From recipe to trained network: parents, keys, resumption, and what a run may look at."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import torch
 from kamal_lib import recipes
 from kamal_lib.artifacts import key, load_or_train
 from kamal_lib.data.synthetic import Rooms
+from kamal_lib.distill.amalgamation import branch_points
 from kamal_lib.recipes import BranchedStudent, StudentBlock, whole_game
 from kamal_lib.recipes import __main__ as command
+from kamal_lib.recipes import amalgamation as stages
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +166,93 @@ def test_the_papers_network_and_schedule_at_gpu():
     assert plan.blocks.device == "gpu"
 
 
-def test_a_student_never_opens_a_label(game):
-    """The part that it learns from has none, and the held-out part is stripped to its images."""
+def test_unlabelled_means_unlabelled(game):
     assert isinstance(game.data.part("unlabelled"), Rooms)
     assert set(game.data.part("unlabelled")[0]) == {"image"}
+
+
+class Poisoned(torch.utils.data.Dataset):
+    """The same images with labels and depths that are wrong."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        wrong = {"labels": lambda t: (t + 5) % 13, "depth": lambda t: t * 0 + 9, "normals": torch.zeros_like}
+        return sample | {key: wrong[key](sample[key]) for key in wrong if key in sample}
+
+
+def only(monkeypatch, finished, tmp_path, parts, keep):
+    """A store with the finished artefacts named in `keep`; parts that are not named cannot be opened."""
+    for entry in finished[0].iterdir():
+        if entry.name.startswith(keep):
+            shutil.copytree(entry, tmp_path / entry.name)
+    part = recipes.RoomsData.part
+
+    def guarded(self, name):
+        assert name in parts, f"this stage must not open {name!r}"
+        return Poisoned(part(self, name)) if parts[name] else part(self, name)
+
+    monkeypatch.setenv("KAMAL_STORE", str(tmp_path))
+    monkeypatch.setattr(recipes.RoomsData, "part", guarded)
+    monkeypatch.setattr(stages, "scores", lambda *_: {})
+
+
+def test_no_label_reaches_the_student_or_eq_7(game, finished, tmp_path, monkeypatch):
+    """With labelled and test images out of reach and all other labels wrong, the student is the same."""
+    keep = ("common", "segmentation", "depth", "rooms")
+    only(monkeypatch, finished, tmp_path, {"unlabelled": True, "validation": True}, keep)
+    *_, last, target = finished[1]
+    again = recipes.trained(game.target_net)
+    assert recipes.trained(game.blocks[-1]).metrics == last.metrics
+    assert again.metrics["branch_points"] == target.metrics["branch_points"]
+    assert all(torch.equal(v, target.weights()[name]) for name, v in again.weights().items())
+
+
+def test_a_teacher_learns_from_the_labelled_part_only(game, finished, tmp_path, monkeypatch):
+    only(monkeypatch, finished, tmp_path, {"labelled": False}, ("common", "rooms"))
+    again = recipes.trained(game.teachers["depth"]).weights()
+    assert all(torch.equal(v, finished[1][1].weights()[name]) for name, v in again.items())
+
+
+def test_eq_7_and_the_codings_of_each_block(game, finished):
+    _, (_, _, *blocks, target) = finished
+    assert target.metrics["branch_points"] == branch_points(blocks[-1].metrics["losses"])
+    for n, (before, after) in enumerate(pairwise(blocks), 2):
+        one, two = before.weights(), after.weights()
+        gates = [name for name in one if name.split(".")[0] in game.teachers]
+        assert {name.split(".")[1] for name in gates if not torch.equal(one[name], two[name])} == {str(n - 1)}
+
+
+def test_the_losses_of_eq_7_are_without_weights(game, finished):
+    """The student's loss of block N against the stored predictions, computed here without λ."""
+    store, (segnet, depthnet, *_, last, _) = finished
+    student, codings = game.blocks[-1].build(last.weights(), last.metrics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KAMAL_STORE", str(store))
+        part = game.data.part("validation")
+    images = torch.stack([part[i]["image"] for i in range(len(part))])
+    for task, artifact in (("segmentation", segnet), ("depth", depthnet)):
+        teacher = game.teachers[task].build(artifact.weights(), artifact.metrics)
+        stored = load_or_train(recipes.Predictions(game.teachers[task], "validation"), store).weights()
+        with torch.no_grad():
+            a = student.forward_to(images, 4)
+            response = teacher.forward_from(a.with_features(codings[task][3](a.features)), 4)[task]
+            (target,) = stored.values()
+            target = target.long() if task == "segmentation" else target
+            expected = recipes.tasks_of(game.data)[task].loss(response, target)
+        assert last.metrics["losses"][task][-1] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_weights_that_do_not_fit_the_teachers(game):
+    plan = game.target_net.amalgamation
+    for wrong in ((("depth", 1.0),), (("segmentation", 0.0), ("depth", 1.0))):
+        with pytest.raises(ValueError, match=r"weights must give each task .* one λ > 0"):
+            replace(plan, weights=wrong)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class BlockObjective(nn.Module):
 
     A batch holds images and, as targets, the teachers' own stored predictions. One coding serves each
     teacher, so a teacher of two tasks has one. Raises ValueError for n outside 1..N, for teachers that do
-    not share the student's blocks, and for a coding that is missing.
+    not share the student's blocks, and for a coding or a weight that is missing.
     """
 
     def __init__(
@@ -54,6 +54,9 @@ class BlockObjective(nn.Module):
             check_same_blocks(student, teacher, name)
         if missing := sorted(set(teachers) - set(codings)):
             raise ValueError(f"teachers {missing} have no channel coding at block {n}: got {sorted(codings)}")
+        named = {task for teacher in teachers.values() for task in teacher.heads}
+        if missing := sorted(named - set(weights)):
+            raise ValueError(f"tasks {missing} have no weight λ in Eq. 6: got {dict(weights)}")
         first = 0 if train_prefix else n - 1
         self.learning = nn.ModuleList(student.blocks[first:n]).requires_grad_(True)
         self.codings = nn.ModuleDict(dict(codings))

@@ -94,8 +94,8 @@ def branch_out(
     """Step 4 of section 5.1: the student's trunk, and the corresponding blocks of the teachers as branches.
 
     codings[task][n - 1] is the task's coding at block n, points[task] its branch block. Everything is copied:
-    fine-tuning the result changes neither student nor teachers. Raises ValueError for a branch outside the
-    decoder, N/2 < p <= N.
+    fine-tuning the result, all of which learns, changes neither student nor teachers. Raises ValueError for
+    a branch outside the decoder, N/2 < p <= N.
     """
     total = len(student.blocks)
     for task, point in points.items():
@@ -113,4 +113,5 @@ def branch_out(
         )
         for task, point in points.items()
     }
-    return TargetNet(deepcopy(list(student.blocks[: max(points.values())])), branches)
+    trunk = deepcopy(list(student.blocks[: max(points.values())]))
+    return TargetNet(trunk, branches).requires_grad_(True)  # whatever was frozen in the originals

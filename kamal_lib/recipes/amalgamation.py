@@ -40,7 +40,7 @@ TRAINING: tuple[ModuleType, ...] = (
 
 @dataclass(frozen=True)
 class CommonStart(Recipe):
-    """The one initialisation from which all networks of a run start."""
+    """The one initialisation of a run's teachers and, if its recipe says so, of the student."""
 
     architecture: Architecture
     seed: int
@@ -128,7 +128,7 @@ class Predictions(Recipe):
             self.teacher.build(artifact.weights(), artifact.metrics),
             batches(data.part(self.part), schedule),
             tasks := tasks_of(data),
-            fabric=make_fabric(schedule.device, precision=schedule.precision),
+            fabric=make_fabric(schedule.device),  # in float32: arg max of bfloat16 logits has ties
             each=lambda predictions, _: seen.append(predictions[self.teacher.task].cpu()),
         )
         key, found = tasks[self.teacher.task].key, torch.cat(seen)
@@ -138,6 +138,9 @@ class Predictions(Recipe):
 @dataclass(frozen=True)
 class Amalgamation:
     """What all stages of one student share. `start` is "common" or the task of the teacher to start from.
+
+    The paper starts from ImageNet weights; starting from the segmentation teacher is the workbook's default.
+    With `train_prefix`, Eq. 7 reads losses and codings of earlier blocks that have since moved on.
 
     `weights` are the λ_t of Eq. 6, one (task, λ) pair a task, fixed for all blocks.
     """
@@ -150,6 +153,14 @@ class Amalgamation:
     gain: float = 1.0
     train_prefix: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        named = dict(self.weights)
+        if set(named) != {t.task for t in self.teachers} or min(named.values(), default=0) <= 0:
+            raise ValueError(
+                f"weights must give each task of the teachers, {[t.task for t in self.teachers]}, one λ > 0, "
+                f"got {self.weights}"
+            )
 
     @property
     def data(self) -> Data:
@@ -286,7 +297,7 @@ class BranchedStudent(Recipe):
         plan, artifact = self.amalgamation, work.load(self.last_block)
         student, codings = self.last_block.build(artifact.weights(), artifact.metrics)
         points = branch_points(artifact.metrics["losses"])
-        target_net = branch_out(student, codings, plan.networks(work), points).requires_grad_(True)
+        target_net = branch_out(student, codings, plan.networks(work), points)
         history = fit(
             DirectObjective(target_net, tasks_of(plan.data), dict(plan.weights)),
             batches(plan.taught("unlabelled", work), plan.fine_tuning, seed=plan.seed, shuffle=True),
