@@ -483,4 +483,5 @@ print([sorted(output["data"]) for output in browser.children[1].outputs])"""
         (output,) = cell.outputs
         assert set(output.data) == {"image/png", "text/plain"}
         assert output.metadata["image/png"]["alt"] == "1 × 1 pictures: one metre."
+    assert book.cells[0].outputs[0].data == book.cells[2].outputs[0].data  # ours, not pyplot's larger one
     assert book.cells[4].outputs[0].text.strip() == "[['image/png', 'text/plain']]"

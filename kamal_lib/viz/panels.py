@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+from IPython import get_ipython
 from jaxtyping import Float, Integer, UInt8
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -82,6 +83,11 @@ class Picture(Figure):
     def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
         text = self.alt or repr(self)
         return {"image/png": b64encode(self.png()).decode(), "text/plain": text}, {"image/png": {"alt": text}}
+
+
+if (shell := get_ipython()) is not None:
+    # Widgets switch pyplot's inline backend on, whose larger PNG of any Figure would go before the one above.
+    shell.display_formatter.formatters["image/png"].for_type(Picture, Picture.png)
 
 
 @dataclass(frozen=True, eq=False)
