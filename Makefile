@@ -10,7 +10,7 @@
 #   types       python -m basedpyright
 #   floors      lint-imports
 #   unit        python -m pytest tests
-#   lessons     python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600
+#   lessons     python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
 #                 --nbval-sanitize-with=tests/nbval_sanitize.cfg notebooks --ignore=notebooks/studies
 #   studies     the same with KAMAL_PROFILE=smoke in the environment, on notebooks/studies
 #   notebooks   python -m kamal_lib.report --in-place
@@ -27,7 +27,7 @@ export GOMP_SPINCOUNT := 1000
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
-NBVAL := KAMAL_QUIET=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+NBVAL := KAMAL_QUIET=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg
 OPTIONS = $(if $(DATA),--data "$(DATA)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") \
 	$(if $(PROFILE),--profile "$(PROFILE)") $(if $(SEED),--seed "$(SEED)") $(if $(OUT),--out "$(OUT)")
