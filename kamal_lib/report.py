@@ -42,6 +42,8 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from kamal_lib.recipes import PROFILES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kamal-workbook", "torch", "torchvision", "lightning-fabric", "numpy", "papermill")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -58,7 +60,7 @@ def choose(folder: Path, names: Sequence[str] = (), study: str | None = None) ->
     known = {path.stem: path for path in sorted(folder.glob(pattern))}
     if not known:
         raise FileNotFoundError(
-            f"no notebook {pattern} in {folder}: run this in a checkout of the workbook that has some"
+            f"no notebook {pattern} in {folder}: none yet, or no checkout of the workbook"
         )
     chosen = []
     for name in [study] if study else names or known:
@@ -114,7 +116,7 @@ def run(notebook: Path, out: Path, given: Mapping[str, Any]) -> tuple[dict[str, 
         "error": f"cell {next(reversed(ran), None)}: {why}" if why else None,
         "seconds": seconds,
         "slowest_cells": dict(sorted(ran.items(), key=lambda item: -item[1])[:3]),
-        "parameters": parameters(notebook, given),
+        "parameters": _resolved(parameters(notebook, given)),
         "results": dict(item for tables, _ in results for item in tables.items()),
     }
     return entry, [_image(png, alt) for png, alt in _tagged(executed, "figure-index", "image/png")]
@@ -185,6 +187,12 @@ def _tagged(notebook: NotebookNode, tag: str, mime: str) -> list[tuple[Any, str]
     return [(each.data[mime], alt) for each, alt in outputs if mime in each.get("data", {})]
 
 
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with the profile that None stands for, so that a smoke run is not read as a result."""
+    chosen = os.environ.get("KAMAL_PROFILE") or "quick"
+    return values | {"profile": chosen} if values.get("profile", "") is None else values
+
+
 def _closest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -211,9 +219,9 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
     add = parser.add_argument
     add("lessons", nargs="*", help="numbers or names of lessons (default: all)")
     add("--study", metavar="NAME", help="run this study instead of the lessons")
-    add("--data", metavar="rooms|nyuv2")
+    add("--data", choices=["rooms", "nyuv2"])
     add("--data-root", metavar="PATH", type=lambda path: str(Path(path).expanduser().resolve()))
-    add("--profile", metavar="smoke|quick|gpu")
+    add("--profile", choices=list(PROFILES))
     add("--seed", type=int)
     add("-p", action="append", default=[], metavar="NAME=VALUE", help="any other parameter")
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
@@ -224,6 +232,10 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
     given |= {name: _literal(value) for name, _, value in (each.partition("=") for each in options.p)}
     if options.in_place and given:
         parser.error("--in-place takes no parameters: the committed outputs are those of the notebooks' own")
+    if options.data == "nyuv2" and options.data_root is None:
+        parser.error("--data nyuv2 needs --data-root PATH (make: DATA_ROOT=PATH)")
+    if options.data_root is not None and not Path(options.data_root).is_dir():
+        parser.error(f"--data-root {options.data_root} is no folder (make: DATA_ROOT=PATH)")
     if options.in_place:
         os.environ["KAMAL_PROFILE"] = "quick"
     os.environ["KAMAL_QUIET"] = "1"  # progress bars would be saved frozen at 0 %

@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def good(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the notebook that works, with a seed and a relative data root."""
     out = tmp_path_factory.mktemp("report")
-    given = ["00", "--seed", "7", "--data-root", "some/where", "--out", str(out)]
+    given = ["00", "--seed", "7", "--data-root", os.path.relpath(folder), "--out", str(out)]
     assert report.main(given, folder=folder) == 0
     return out
 
@@ -85,9 +85,28 @@ def stdout(out: Path, name: str) -> str:
     return "".join(each.text for each in outputs if each.output_type == "stream")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--profile", "fast"], "invalid choice: 'fast'"),
+        (["--data", "kitti"], "invalid choice: 'kitti'"),
+        (["--data", "nyuv2"], "--data nyuv2 needs --data-root PATH"),
+        (["--data-root", "no/such/place"], "is no folder (make: DATA_ROOT=PATH)"),
+    ],
+)
+def test_wrong_options_leave_the_last_report_alone(
+    given: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "index.html").write_text("the last report")
+    with pytest.raises(SystemExit):
+        report.main([*given, "--out", str(tmp_path)], folder=folder)
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "index.html").read_text() == "the last report"
+
+
 def test_notebook_runs_in_its_own_folder_with_the_given_parameters(folder: Path, good: Path):
     assert stdout(good, "00_good") == f"{folder.name} 7 True\n"
-    expected = {"profile": None, "seed": 7, "data_root": str(Path("some/where").resolve())}
+    expected = {"profile": "quick", "seed": 7, "data_root": str(folder.resolve())}
     assert entry(good, "00_good")["parameters"] == expected
     injected = nbformat.read(good / "00_good.ipynb", 4).cells[2]
     assert "injected-parameters" in injected.metadata.tags

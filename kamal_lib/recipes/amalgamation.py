@@ -85,6 +85,7 @@ class TaskTeacher(Recipe):
 
     def train(self, work: Work) -> Result:
         """Eq. 1 or Eq. 3 against the ground truth, with flips and, where `scale` says so, scaled crops."""
+        fabric = make_fabric(self.schedule.device, precision=self.schedule.precision)  # no GPU: said first
         network = self.fresh()
         network.blocks.load_state_dict(work.load(self.start).weights())
         objective = DirectObjective(network, tasks_of(self.data))
@@ -99,7 +100,7 @@ class TaskTeacher(Recipe):
                 transform=augment,
             ),
             self.schedule,
-            fabric=make_fabric(self.schedule.device, precision=self.schedule.precision),
+            fabric=fabric,
             checkpoint=work.folder / "training.safetensors",
             title=self.name(),
         )
