@@ -286,6 +286,22 @@ def test_the_gpu_profile_without_a_gpu():
         recipes.trained(small)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_command_line_says_what_is_wrong_in_one_line(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for store, arguments, message in (
+        (tmp_path / "store", ["--profile", "gpu"], "torch sees no GPU"),
+        (tmp_path / "store", ["--profile", "smoke", "--data", "nyuv2"], "needs data_root"),
+        (tmp_path / "file" / "store", ["--profile", "smoke"], "KAMAL_STORE"),
+    ):
+        monkeypatch.setenv("KAMAL_STORE", str(store))
+        with pytest.raises(SystemExit) as ended:
+            command.main(["target_net", *arguments])
+        assert ended.value.code == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "store" / "rooms").exists()  # nothing was rendered for a GPU that is not there
+
+
 def test_the_command_line_refuses_what_it_does_not_know(capsys):
     with pytest.raises(SystemExit):
         command.main(["teachers", "--profle", "smoke"])

@@ -14,14 +14,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-root")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    game = whole_game(options.profile, data=options.data, data_root=options.data_root, seed=options.seed)
-    stages = {
-        "teachers": tuple(game.teachers.values()),
-        "blocks": game.blocks,
-        "target_net": (game.target_net,),
-    }
-    for recipe in stages[options.stage]:
-        print(recipe.name(), trained(recipe).metrics)
+    try:
+        game = whole_game(options.profile, data=options.data, data_root=options.data_root, seed=options.seed)
+        stages = {
+            "teachers": tuple(game.teachers.values()),
+            "blocks": game.blocks,
+            "target_net": (game.target_net,),
+        }
+        for recipe in stages[options.stage]:
+            print(recipe.name(), trained(recipe).metrics)
+    except (ValueError, OSError, RuntimeError) as error:  # what a user can mend: the message is enough
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":
