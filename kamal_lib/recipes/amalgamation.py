@@ -192,6 +192,11 @@ class Amalgamation:
         return tuple(Predictions(t, part) for t in self.teachers for part in ("unlabelled", "validation"))
 
 
+def together(student: EncoderDecoder, codings: Mapping[str, list[ChannelCoding]]) -> nn.ModuleDict:
+    """Student and codings as the one module whose state a block's artefact holds."""
+    return nn.ModuleDict({"student": student} | {t: nn.ModuleList(c) for t, c in codings.items()})
+
+
 @dataclass(frozen=True)
 class StudentBlock(Recipe):
     """Block n of the student and its codings, trained by Eq. 6 on top of blocks 1..n−1 (section 5.1, Step 2).
@@ -218,7 +223,7 @@ class StudentBlock(Recipe):
     ) -> tuple[EncoderDecoder, dict[str, list[ChannelCoding]]]:
         """(student, {task: codings}) with the given weights."""
         student, codings = self.amalgamation.fresh()
-        both = nn.ModuleDict({"student": student} | {t: nn.ModuleList(c) for t, c in codings.items()})
+        both = together(student, codings)
         both.load_state_dict(dict(weights))
         both.eval()
         return student, codings
@@ -261,7 +266,7 @@ class StudentBlock(Recipe):
             objective, batches(plan.taught("validation", work), plan.blocks), fabric=fabric
         )
         losses = {t: [*losses[t], held_out[t] / weight] for t, weight in plan.weights}
-        both = nn.ModuleDict({"student": student} | {t: nn.ModuleList(c) for t, c in codings.items()})
+        both = together(student, codings)
         return Result(both.state_dict(), {"losses": losses}, history)
 
 
