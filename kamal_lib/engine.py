@@ -39,6 +39,8 @@ class Schedule:
     warmup: float = 0.0
     precision: str = "32-true"
     device: str = "auto"
+    accumulate: int = 1
+    clip: float | None = None
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step 0..steps−1."""

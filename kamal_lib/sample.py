@@ -8,6 +8,8 @@ the two. The spatial entries are `torchvision.tv_tensors`, so that the transform
 from typing import TypedDict
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from torchvision import tv_tensors
 
 VOID = 255
@@ -21,7 +23,7 @@ class Depth(tv_tensors.TVTensor):
 class Normals(tv_tensors.TVTensor):
     """Unit surface normals, float32 3×H×W, in camera axes (x right, y down, z forward); 0 where unknown.
 
-    A surface that faces the camera has a negative z component.
+    A visible surface turns towards the ray that meets it; near the optical axis that means a negative z.
     """
 
 
@@ -41,4 +43,29 @@ class Sample(TypedDict, total=False):
     depth: Depth
     normals: Normals
     boxes: tv_tensors.BoundingBoxes
-    box_labels: torch.Tensor
+    box_labels: Tensor
+
+
+def known_depth(depth: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Where a depth map in metres is known (not 0). Raises ValueError for NaN, infinity, negative values."""
+    if not bool(((depth >= 0) & (depth < torch.inf)).all()):
+        wrong = depth[~((depth >= 0) & (depth < torch.inf))]
+        raise ValueError(
+            f"depth must be metres from 0 (unknown) on, got {len(wrong)} of {depth.numel()} values such as "
+            f"{float(wrong[0].detach())}: set what is not known to 0"
+        )
+    return depth > 0
+
+
+def known_normals(normals: Float[Tensor, "batch 3 height width"]) -> Bool[Tensor, "batch height width"]:
+    """Where normals are known (not 0). Raises ValueError where one is not of length 1, within 0.01."""
+    x, y, z = normals.unbind(1)
+    square = x * x + y * y + z * z
+    valid = square != 0
+    if not bool(((square - 1).abs() < 0.02)[valid].all()):
+        wrong = square[valid & ~((square - 1).abs() < 0.02)]
+        raise ValueError(
+            f"normals must have length 1, or be 0 where unknown, got {len(wrong)} pixels with lengths like "
+            f"{float(wrong[0].sqrt().detach()):.3g}: divide by the length, after every resize too"
+        )
+    return valid

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from kamal_lib.losses.dense import cross_entropy, depth_loss, expected_depth
-from kamal_lib.metrics import DepthErrors, SegmentationScores
+from kamal_lib.losses.dense import cross_entropy, depth_loss, expected_depth, normal_loss, unit_normals
+from kamal_lib.metrics import DepthErrors, NormalErrors, SegmentationScores, SetMetric
 
 
 @runtime_checkable
@@ -25,7 +24,7 @@ class Task(Protocol):
     def channels(self) -> int: ...
     def decode(self, response: Tensor) -> Tensor: ...
     def loss(self, response: Tensor, target: Tensor) -> Tensor: ...
-    def metric(self) -> Metric: ...
+    def metric(self) -> SetMetric: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Segmentation:
         """Eq. 1 in nats."""
         return cross_entropy(response, target)
 
-    def metric(self) -> Metric:
+    def metric(self) -> SetMetric:
         """mIoU and pixel accuracy of a whole set."""
         return SegmentationScores(self.channels)
 
@@ -74,9 +73,29 @@ class Depth:
         """Eq. 3 in square metres."""
         return depth_loss(self.decode(response), target)
 
-    def metric(self) -> Metric:
-        """abs rel, sqr rel and δ^k of a whole set."""
+    def metric(self) -> SetMetric:
+        """abs rel, sqr rel, rmse, log10 and δ^k of a whole set, whole image, no cap."""
         return DepthErrors()
+
+
+@dataclass(frozen=True)
+class Normals:
+    """Surface normals in camera axes: three channels, made a unit vector, mean cosine (Ye et al., Eq. 4)."""
+
+    key = "normals"
+    channels = 3
+
+    def decode(self, response: Tensor) -> Tensor:
+        """Unit vectors, batch × 3 × height × width."""
+        return unit_normals(response)
+
+    def loss(self, response: Tensor, target: Tensor) -> Tensor:
+        """Eq. 4, from −1 (right everywhere) to 1."""
+        return normal_loss(self.decode(response), target)
+
+    def metric(self) -> SetMetric:
+        """Mean and median angle, and the shares within 11.25, 22.5 and 30 degrees, of a whole set."""
+        return NormalErrors()
 
 
 def task_losses(

@@ -39,6 +39,8 @@ class Rooms(Dataset[Sample]):
     split        "labelled", "unlabelled", "validation" or "test": no room is in two of them; an unlabelled
                  room has an image and nothing else, on disk too
     world        0..999: redraws every room of every split (a seed of a study redraws its data with it)
+    annotated    None: all but "unlabelled"; True opens the annotation of unlabelled rooms too, which measures
+                 what labels would have been worth and must never teach a student
     supersample  rays per pixel and axis for the image; the rest belongs to the ray through the pixel's centre
     folder       where rendered shards are kept; only missing or damaged ones are rendered
     workers      rendering processes, default one for each core this process may use
@@ -55,6 +57,7 @@ class Rooms(Dataset[Sample]):
         height: int,
         width: int,
         world: int = 0,
+        annotated: bool | None = None,
         supersample: int = 2,
         folder: str | os.PathLike[str],
         workers: int | None = None,
@@ -67,11 +70,14 @@ class Rooms(Dataset[Sample]):
             raise ValueError(f"expected height, width and supersample of at least 1, got {sizes}")
         seed = room_seed(world, split, 0)
         place = Path(folder) / f"rooms-{height}x{width}-s{supersample}-w{world}-{fingerprint()[:12]}"
+        closed = split == "unlabelled"
+        annotated = not closed if annotated is None else annotated
+        kind = f"{split}-annotated" if closed and annotated else split
         jobs = []
         for first in range(0, count, SHARD):
             rooms = min(SHARD, count - first)
-            path = str((place / f"{split}-{first:06d}-{first + rooms:06d}.npz").resolve())
-            jobs.append(Job(path, seed + first, rooms, height, width, supersample, split != "unlabelled"))
+            path = str((place / f"{kind}-{first:06d}-{first + rooms:06d}.npz").resolve())
+            jobs.append(Job(path, seed + first, rooms, height, width, supersample, annotated))
         arrays = _load(jobs, split, workers or _cores(), progress)
         self.split = split
         self._size = (height, width)

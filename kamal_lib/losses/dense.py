@@ -1,4 +1,4 @@
-"""The teachers' losses, Eqs. 1 to 3 of Ye et al. (section 4), which the student's Eq. 6 uses again.
+"""The teachers' losses, Eqs. 1 to 4 of Ye et al. (section 4), which the student's Eq. 6 uses again.
 
 Every mean is taken per image over its valid pixels, and then over the images that have any: an image with few
 valid pixels counts as much as one with many, and one with none does not count.
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kamal_lib.sample import VOID
+from kamal_lib.sample import VOID, known_depth, known_normals
 
 
 def image_mean(
@@ -69,10 +69,33 @@ def depth_loss(
     """Eq. 3: (1/N) Σ d² − (1/2N²) (Σ d)² with d = target − depth, on linear metres; N counts valid pixels.
 
     Equal to Var(d) + ½ mean(d)²: a shift by c costs ½c², half of what the squared error charges. Pixels with
-    target 0 (unknown) are left out.
+    target 0 (unknown) are left out. Raises ValueError for a target that is no depth.
     """
-    valid = target > 0
+    valid = known_depth(target)
     d = target - at_least_float32(depth)
     squares, counts = image_mean(d**2, valid)
     shift, _ = image_mean(d, valid)
     return batch_mean(squares - shift**2 / 2, counts)
+
+
+def unit_normals(response: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """M: the response as vectors of length 1; where all three responses are 0 it stays 0.
+
+    Ye et al. do not say so, but without it −M · M^gt of Eq. 4 has no lower bound.
+    """
+    x, y, z = at_least_float32(response).unbind(1)  # three planes: a sum over an axis of three is slow
+    scale = (x * x + y * y + z * z).clamp_min(1e-12).rsqrt()
+    return torch.stack((x * scale, y * scale, z * scale), dim=1)
+
+
+def normal_loss(
+    normals: Float[Tensor, "batch 3 height width"], target: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, ""]:
+    """Eq. 4: −(1/N) Σ_i M_i · M_i^gt over the pixels of known target: the mean cosine, negative; −1 at best.
+
+    Both are unit vectors; pixels whose target is 0 are left out. Raises ValueError for a target that is
+    neither 0 nor of length 1.
+    """
+    valid = known_normals(target)
+    (a, b, c), (x, y, z) = at_least_float32(normals).unbind(1), target.unbind(1)
+    return batch_mean(*image_mean(-(a * x + b * y + c * z), valid))

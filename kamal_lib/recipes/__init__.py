@@ -6,22 +6,18 @@ where the store has none. Without Jupyter: `python -m kamal_lib.recipes target_n
 """
 
 from kamal_lib.artifacts import Artifact, Recipe, default_store, load_or_train
-from kamal_lib.recipes.amalgamation import (
-    Amalgamation,
-    BranchedStudent,
-    CommonStart,
-    Predictions,
-    StudentBlock,
-    TaskTeacher,
-)
+from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent, StudentBlock
 from kamal_lib.recipes.data import NYUv2Data, RoomsData, batches, scores, tasks_of
-from kamal_lib.recipes.profiles import PROFILES, WholeGame, whole_game
+from kamal_lib.recipes.label_curve import label_curve
+from kamal_lib.recipes.profiles import PROFILES, WholeGame, task_teachers, whole_game
+from kamal_lib.recipes.teachers import CommonStart, ImageScores, Predictions, TaskTeacher
 
 __all__ = [
     "PROFILES",
     "Amalgamation",
     "BranchedStudent",
     "CommonStart",
+    "ImageScores",
     "NYUv2Data",
     "Predictions",
     "RoomsData",
@@ -29,8 +25,10 @@ __all__ = [
     "TaskTeacher",
     "WholeGame",
     "batches",
+    "label_curve",
     "load",
     "scores",
+    "task_teachers",
     "tasks_of",
     "trained",
     "whole_game",

@@ -2,26 +2,32 @@
 
 import argparse
 
-from kamal_lib.recipes import PROFILES, trained, whole_game
+from kamal_lib.recipes import PROFILES, ImageScores, label_curve, task_teachers, trained, whole_game
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains one stage of a run, and what it needs, in resumable pieces; prints its metrics."""
     parser = argparse.ArgumentParser(prog="python -m kamal_lib.recipes", description=main.__doc__)
-    parser.add_argument("stage", choices=["teachers", "blocks", "target_net"])
+    parser.add_argument("stage", choices=["teachers", "blocks", "target_net", "label_curve"])
     parser.add_argument("--profile", choices=list(PROFILES))
     parser.add_argument("--data", default="rooms", choices=["rooms", "nyuv2"])
     parser.add_argument("--data-root")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", default="random", choices=["random", "imagenet"])
     options = parser.parse_args(arguments)
     try:
-        game = whole_game(options.profile, data=options.data, data_root=options.data_root, seed=options.seed)
-        stages = {
-            "teachers": tuple(game.teachers.values()),
-            "blocks": game.blocks,
-            "target_net": (game.target_net,),
-        }
-        for recipe in stages[options.stage]:
+        run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}
+        if options.stage == "label_curve":
+            for teacher in label_curve(options.profile, **run):
+                trained(ImageScores(teacher))  # of the teacher, which is trained first
+                print(teacher.name(), teacher.labels or "usual", "labels", trained(teacher).metrics["test"])
+            return
+        if options.stage == "teachers":
+            recipes = [*task_teachers(options.profile, **run, start=options.start).values()]
+        else:
+            game = whole_game(options.profile, **run, start=options.start)
+            recipes = game.blocks if options.stage == "blocks" else (game.target_net,)
+        for recipe in recipes:
             print(recipe.name(), trained(recipe).metrics)
     except (ValueError, OSError, RuntimeError) as error:  # what a user can mend: the message is enough
         parser.exit(1, f"{parser.prog}: {error}\n")

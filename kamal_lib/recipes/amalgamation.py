@@ -1,8 +1,7 @@
 """The stages of knowledge amalgamation (Ye et al., section 5.1), each trained once and kept in the store.
 
-A common start, the teachers, their stored predictions, the student's blocks 1..N, and the TargetNet: each
-is a frozen dataclass whose `train` makes it from its parents, and whose `build` turns stored weights into a
-network.
+The student's blocks 1..N and the TargetNet: each is a frozen dataclass whose `train` makes it from its
+parents, and whose `build` turns stored weights into a network.
 """
 
 import sys
@@ -14,126 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import kamal_lib.data
-import kamal_lib.losses
-import kamal_lib.models
-from kamal_lib import engine, metrics, sample, tasks
 from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.targets import WithTargets
-from kamal_lib.data.transforms import train_transform
 from kamal_lib.distill import amalgamation
 from kamal_lib.distill.amalgamation import BlockObjective, branch_points
-from kamal_lib.engine import Schedule, fit, make_fabric, mean_losses, predict
+from kamal_lib.engine import Schedule, fit, make_fabric, mean_losses
+from kamal_lib.models import coding, target_net
 from kamal_lib.models.coding import ChannelCoding
-from kamal_lib.models.encoder_decoder import Architecture, EncoderDecoder, build_network
+from kamal_lib.models.encoder_decoder import EncoderDecoder, build_network
 from kamal_lib.models.target_net import TargetNet, branch_out
-from kamal_lib.recipes import data
+from kamal_lib.recipes import teachers as teachers_module
 from kamal_lib.recipes.data import Data, batches, scores, tasks_of
+from kamal_lib.recipes.teachers import Predictions, TaskTeacher
 from kamal_lib.tasks import DirectObjective
 
-TRAINING: tuple[ModuleType, ...] = (
-    *(kamal_lib.data, kamal_lib.losses, kamal_lib.models, engine, metrics, sample, tasks, amalgamation, data),
+SOURCES: tuple[ModuleType, ...] = (
+    *(*teachers_module.SOURCES, amalgamation, coding, target_net),
     sys.modules[__name__],
 )
 """What every stage's result depends on: a change of any of it makes stored results out of date."""
-
-
-@dataclass(frozen=True)
-class CommonStart(Recipe):
-    """The one initialisation of a run's teachers and, if its recipe says so, of the student."""
-
-    architecture: Architecture
-    seed: int
-
-    def sources(self) -> tuple[ModuleType, ...]:
-        return TRAINING
-
-    def name(self) -> str:
-        return "common-start"
-
-    def train(self, work: Work) -> Result:
-        """Draws blocks 1..N."""
-        return Result(build_network(self.architecture, {}, seed=self.seed).blocks.state_dict(), {}, [])
-
-
-@dataclass(frozen=True)
-class TaskTeacher(Recipe):
-    """SegNet or DepthNet (Ye et al., section 4): one network, one task, from the labelled images."""
-
-    task: str
-    data: Data
-    start: CommonStart
-    schedule: Schedule
-    scale: tuple[float, float] = (1.0, 1.0)
-
-    def sources(self) -> tuple[ModuleType, ...]:
-        return TRAINING
-
-    def name(self) -> str:
-        return f"{self.task}-teacher"
-
-    def fresh(self) -> EncoderDecoder:
-        """The network before training, its blocks still to be given the common start."""
-        channels = tasks_of(self.data)[self.task].channels
-        return build_network(self.start.architecture, {self.task: channels}, seed=self.start.seed)
-
-    def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> EncoderDecoder:
-        """The network with the given weights."""
-        network = self.fresh()
-        network.load_state_dict(dict(weights))
-        return network.eval()
-
-    def train(self, work: Work) -> Result:
-        """Eq. 1 or Eq. 3 against the ground truth, with flips and, where `scale` says so, scaled crops."""
-        fabric = make_fabric(self.schedule.device, precision=self.schedule.precision)  # no GPU: said first
-        network = self.fresh()
-        network.blocks.load_state_dict(work.load(self.start).weights())
-        objective = DirectObjective(network, tasks_of(self.data))
-        augment = train_transform(self.data.size, scale=self.scale, flip=0.5)
-        history = fit(
-            objective,
-            batches(
-                self.data.part("labelled"),
-                self.schedule,
-                seed=self.start.seed,
-                shuffle=True,
-                transform=augment,
-            ),
-            self.schedule,
-            fabric=fabric,
-            checkpoint=work.folder / "training.safetensors",
-            title=self.name(),
-        )
-        return Result(network.state_dict(), scores(network, self.data, self.schedule), history)
-
-
-@dataclass(frozen=True)
-class Predictions(Recipe):
-    """What a teacher says of a part's images, computed once: the only supervision that a student gets."""
-
-    teacher: TaskTeacher
-    part: str
-
-    def sources(self) -> tuple[ModuleType, ...]:
-        return TRAINING
-
-    def name(self) -> str:
-        return f"{self.teacher.task}-predictions-{self.part}"
-
-    def train(self, work: Work) -> Result:
-        """{"labels": N×H×W uint8} or {"depth": N×H×W float32}."""
-        data, schedule = self.teacher.data, self.teacher.schedule
-        artifact = work.load(self.teacher)
-        seen: list[Tensor] = []
-        predict(
-            self.teacher.build(artifact.weights(), artifact.metrics),
-            batches(data.part(self.part), schedule),
-            tasks := tasks_of(data),
-            fabric=make_fabric(schedule.device),  # in float32: arg max of bfloat16 logits has ties
-            each=lambda predictions, _: seen.append(predictions[self.teacher.task].cpu()),
-        )
-        key, found = tasks[self.teacher.task].key, torch.cat(seen)
-        return Result({key: found.to(torch.uint8) if key == "labels" else found}, {}, [])
 
 
 @dataclass(frozen=True)
@@ -208,7 +106,7 @@ class StudentBlock(Recipe):
     amalgamation: Amalgamation
 
     def sources(self) -> tuple[ModuleType, ...]:
-        return TRAINING
+        return SOURCES
 
     def name(self) -> str:
         return f"student-block-{self.n:02d}"
@@ -277,7 +175,7 @@ class BranchedStudent(Recipe):
     amalgamation: Amalgamation
 
     def sources(self) -> tuple[ModuleType, ...]:
-        return TRAINING
+        return SOURCES
 
     def name(self) -> str:
         return "target-net"

@@ -6,14 +6,9 @@ from dataclasses import dataclass, replace
 
 from kamal_lib.engine import Schedule, fast_precision
 from kamal_lib.models.encoder_decoder import SLIM, VGG16, Architecture
-from kamal_lib.recipes.amalgamation import (
-    Amalgamation,
-    BranchedStudent,
-    CommonStart,
-    StudentBlock,
-    TaskTeacher,
-)
-from kamal_lib.recipes.data import Data, NYUv2Data, RoomsData, tasks_of
+from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent, StudentBlock
+from kamal_lib.recipes.data import Data, NYUv2Data, RoomsData
+from kamal_lib.recipes.teachers import CommonStart, TaskTeacher
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,12 @@ class Profile:
     rooms_schedules: Schedules
     nyuv2_size: tuple[int, int]
     nyuv2_schedules: Schedules
+    label_counts: tuple[int, ...] = (100, 200, 400, 800)
+    """Numbers of labelled images that the study `teachers` compares."""
 
+
+TASKS = ("segmentation", "depth", "normals")
+"""SegNet, DepthNet and NormNet."""
 
 GPU = Schedule(epochs=60, batch_size=8, learning_rate=1e-3, precision="bf16-mixed", device="gpu")
 QUICK = Schedule(epochs=1, weight_decay=0.01, warmup=0.1, precision=fast_precision())
@@ -58,22 +58,23 @@ PROFILES = {
     "smoke": Profile(  # seconds: that everything fits together, nothing else
         architecture=Architecture((8, 12), (1, 1), (True, True)),
         rooms=RoomsData(labelled=8, unlabelled=8, validation=4, test=4, size=(24, 32)),
-        rooms_schedules=Schedules({"segmentation": SECONDS, "depth": SECONDS}, SECONDS, SECONDS),
+        rooms_schedules=Schedules(dict.fromkeys(TASKS, SECONDS), SECONDS, SECONDS),
         nyuv2_size=(24, 32),
-        nyuv2_schedules=Schedules({"segmentation": SECONDS, "depth": SECONDS}, SECONDS, SECONDS),
+        nyuv2_schedules=Schedules(dict.fromkeys(TASKS, SECONDS), SECONDS, SECONDS),
+        label_counts=(4, 12),
     ),
     # two CPU cores, minutes; NYUDv2's 399 images for the student are seen more often than 1,000 rooms
     "quick": Profile(
         architecture=SLIM,
         rooms=RoomsData(labelled=400, unlabelled=1000, validation=100, test=200, size=(48, 64)),
         rooms_schedules=Schedules(
-            {"segmentation": replace(QUICK, epochs=40), "depth": replace(QUICK, epochs=20)},
+            dict.fromkeys(TASKS, replace(QUICK, epochs=40)) | {"depth": replace(QUICK, epochs=20)},
             QUICK,
             replace(QUICK, epochs=8),
         ),
         nyuv2_size=(72, 96),
         nyuv2_schedules=Schedules(
-            {"segmentation": replace(QUICK, epochs=30), "depth": replace(QUICK, epochs=30)},
+            dict.fromkeys(TASKS, replace(QUICK, epochs=30)),
             replace(QUICK, epochs=2),
             replace(QUICK, epochs=12),
         ),
@@ -83,13 +84,13 @@ PROFILES = {
         architecture=VGG16,
         rooms=RoomsData(labelled=800, unlabelled=10_000, validation=200, test=600, size=(240, 320)),
         rooms_schedules=Schedules(
-            {"segmentation": GPU, "depth": GPU},
+            dict.fromkeys(TASKS, GPU),
             replace(GPU, epochs=2),
             replace(GPU, epochs=4, learning_rate=5e-4),
         ),
         nyuv2_size=(240, 320),
         nyuv2_schedules=Schedules(
-            {"segmentation": GPU, "depth": GPU},
+            dict.fromkeys(TASKS, GPU),
             replace(GPU, epochs=20),
             replace(GPU, epochs=40, learning_rate=5e-4),
         ),
@@ -97,18 +98,20 @@ PROFILES = {
 }
 
 
-def whole_game(
-    profile: str | None = None, *, data: str = "rooms", data_root: str | None = None, seed: int = 0
-) -> WholeGame:
-    """The recipes of one run. `profile` None means the environment's KAMAL_PROFILE, else "quick".
+def task_teachers(
+    profile: str | None = None,
+    *,
+    data: str = "rooms",
+    data_root: str | None = None,
+    seed: int = 0,
+    start: str = "random",
+) -> dict[str, TaskTeacher]:
+    """The three teachers of one run, {task: recipe}. `profile` None: KAMAL_PROFILE, else "quick".
 
-    A seed redraws everything: rooms, common start, order of the images. Raises ValueError for an unknown
-    profile or data set, and for NYUDv2 without a `data_root`.
+    A seed redraws everything: rooms, common start, order of the images. `start` is "random" or "imagenet".
+    Raises ValueError for an unknown profile or data set, and for NYUDv2 without a `data_root`.
     """
-    name = profile or os.environ.get("KAMAL_PROFILE") or "quick"
-    if name not in PROFILES:
-        raise ValueError(f"profile {name!r} does not exist: choose one of {', '.join(PROFILES)}")
-    p = PROFILES[name]
+    p = profile_named(profile)
     if data == "rooms":
         source: Data = replace(p.rooms, world=seed)
         schedules = p.rooms_schedules
@@ -119,8 +122,23 @@ def whole_game(
         schedules = p.nyuv2_schedules
     else:
         raise ValueError(f"data must be 'rooms' or 'nyuv2', got {data!r}")
-    start = CommonStart(p.architecture, seed)
-    teachers = {task: TaskTeacher(task, source, start, schedules.teachers[task]) for task in tasks_of(source)}
+    common = CommonStart(p.architecture, seed, weights=start)
+    return {task: TaskTeacher(task, source, common, schedules.teachers[task]) for task in TASKS}
+
+
+def whole_game(
+    profile: str | None = None,
+    *,
+    data: str = "rooms",
+    data_root: str | None = None,
+    seed: int = 0,
+    start: str = "random",
+) -> WholeGame:
+    """The recipes of one run with SegNet and DepthNet; the arguments are those of `task_teachers`."""
+    teachers = task_teachers(profile, data=data, data_root=data_root, seed=seed, start=start)
+    del teachers["normals"]
+    p = profile_named(profile)
+    schedules = p.rooms_schedules if data == "rooms" else p.nyuv2_schedules
     plan = Amalgamation(
         tuple(teachers.values()),
         weights=(("segmentation", 1.0), ("depth", 4.0)),
@@ -131,3 +149,11 @@ def whole_game(
     )
     blocks = tuple(StudentBlock(n, plan) for n in range(1, p.architecture.blocks + 1))
     return WholeGame(teachers, blocks, BranchedStudent(plan))
+
+
+def profile_named(name: str | None) -> Profile:
+    """The profile of this name. Raises ValueError where there is none."""
+    name = name or os.environ.get("KAMAL_PROFILE") or "quick"
+    if name not in PROFILES:
+        raise ValueError(f"profile {name!r} does not exist: choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]

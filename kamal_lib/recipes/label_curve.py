@@ -1,0 +1,30 @@
+"""Study `teachers`: what labels buy. Three teachers, several numbers of labelled images, one seed."""
+
+import math
+from dataclasses import replace
+
+from kamal_lib.recipes.profiles import profile_named, task_teachers
+from kamal_lib.recipes.teachers import TaskTeacher
+
+
+def label_curve(
+    profile: str | None = None, *, data: str = "rooms", data_root: str | None = None, seed: int = 0
+) -> list[TaskTeacher]:
+    """The teachers of one seed, by number of labels, then by task; the last are given every label there is.
+
+    The numbers are the profile's, as far as there are images, and then all of the labelled and the unlabelled
+    part: the upper bound. All teachers of a task take as many steps as the profile's own, whatever the number
+    of labels: fewer labels are seen more often. Raises ValueError as `task_teachers`.
+    """
+    usual = task_teachers(profile, data=data, data_root=data_root, seed=seed)
+    labelled, everything = usual["depth"].data.labels()
+    recipes = []
+    for count in (*(c for c in profile_named(profile).label_counts if c < everything), everything):
+        for teacher in usual.values():
+            schedule = teacher.schedule
+            steps = schedule.epochs * math.ceil(labelled / schedule.batch_size)
+            epochs = max(1, round(steps / math.ceil(count / schedule.batch_size)))
+            # as many as the labelled part has: the profile's own teacher, the same artefact
+            labels = None if count == labelled else count
+            recipes.append(replace(teacher, schedule=replace(schedule, epochs=epochs), labels=labels))
+    return recipes

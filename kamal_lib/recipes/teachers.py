@@ -1,0 +1,178 @@
+"""The teachers' side (Ye et al., section 4): a common start, one network a task, and what it predicts.
+
+Each is a frozen dataclass whose `train` makes it from its parents and from labelled images.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+import kamal_lib.data
+import kamal_lib.losses
+from kamal_lib import engine, metrics, sample, tasks
+from kamal_lib.artifacts import Recipe, Result, Work
+from kamal_lib.data.transforms import train_transform
+from kamal_lib.engine import Schedule, fit, make_fabric, predict
+from kamal_lib.metrics import image_states
+from kamal_lib.models import blocks, encoder_decoder, imagenet
+from kamal_lib.models.encoder_decoder import VGG16, Architecture, EncoderDecoder, build_network
+from kamal_lib.recipes import data
+from kamal_lib.recipes.data import Data, batches, scores, tasks_of
+from kamal_lib.tasks import DirectObjective
+
+SOURCES: tuple[ModuleType, ...] = (
+    *(kamal_lib.data, kamal_lib.losses, blocks, encoder_decoder, imagenet),
+    *(engine, metrics, sample, tasks, data, sys.modules[__name__]),
+)
+"""What a teacher depends on: a change of any of it makes stored teachers out of date."""
+
+
+@dataclass(frozen=True)
+class CommonStart(Recipe):
+    """The one initialisation of a run's teachers and, if its recipe says so, of the student.
+
+    `weights` are "random", or "imagenet" for the encoder of VGG16, its mirror at random (Ye et al. take
+    ImageNet weights for the decoder as well, and do not say which).
+    """
+
+    architecture: Architecture
+    seed: int
+    weights: str = "random"
+
+    def __post_init__(self):
+        if self.weights not in ("random", "imagenet"):
+            raise ValueError(f"a start's weights must be 'random' or 'imagenet', got {self.weights!r}")
+        if self.weights == "imagenet" and self.architecture != VGG16:
+            raise ValueError(
+                "ImageNet weights exist for the architecture VGG16 only: take it (profile 'gpu'), or "
+                "start from 'random'"
+            )
+
+    def sources(self) -> tuple[ModuleType, ...]:
+        return SOURCES
+
+    def name(self) -> str:
+        return "common-start"
+
+    def train(self, work: Work) -> Result:
+        """Draws blocks 1..N, and puts ImageNet's encoder into them if so asked."""
+        drawn = build_network(self.architecture, {}, seed=self.seed).blocks.state_dict()
+        return Result(drawn | (imagenet.encoder_state() if self.weights == "imagenet" else {}), {}, [])
+
+
+@dataclass(frozen=True)
+class TaskTeacher(Recipe):
+    """SegNet, DepthNet or NormNet (Ye et al., section 4): one network, one task, from labelled images.
+
+    `labels` is how many of them, None for the data's labelled part; see `teaching` of the data.
+    """
+
+    task: str
+    data: Data
+    start: CommonStart
+    schedule: Schedule
+    scale: tuple[float, float] = (1.0, 1.0)
+    labels: int | None = None
+
+    def sources(self) -> tuple[ModuleType, ...]:
+        return SOURCES
+
+    def name(self) -> str:
+        return f"{self.task}-teacher"
+
+    def fresh(self) -> EncoderDecoder:
+        """The network before training, its blocks still to be given the common start."""
+        channels = tasks_of(self.data)[self.task].channels
+        return build_network(self.start.architecture, {self.task: channels}, seed=self.start.seed)
+
+    def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> EncoderDecoder:
+        """The network with the given weights."""
+        network = self.fresh()
+        network.load_state_dict(dict(weights))
+        return network.eval()
+
+    def train(self, work: Work) -> Result:
+        """Eq. 1, 3 or 4 against the ground truth, with flips and, where `scale` says so, scaled crops."""
+        fabric = make_fabric(self.schedule.device, precision=self.schedule.precision)  # no GPU: said first
+        network = self.fresh()
+        network.blocks.load_state_dict(work.load(self.start).weights())
+        objective = DirectObjective(network, tasks_of(self.data))
+        augment = train_transform(self.data.size, scale=self.scale, flip=0.5)
+        history = fit(
+            objective,
+            batches(
+                self.data.teaching(self.labels),
+                self.schedule,
+                seed=self.start.seed,
+                shuffle=True,
+                transform=augment,
+            ),
+            self.schedule,
+            fabric=fabric,
+            checkpoint=work.folder / "training.safetensors",
+            title=self.name(),
+        )
+        return Result(network.state_dict(), scores(network, self.data, self.schedule), history)
+
+
+@dataclass(frozen=True)
+class Predictions(Recipe):
+    """What a teacher says of a part's images, computed once: the only supervision that a student gets."""
+
+    teacher: TaskTeacher
+    part: str
+
+    def sources(self) -> tuple[ModuleType, ...]:
+        return SOURCES
+
+    def name(self) -> str:
+        return f"{self.teacher.task}-predictions-{self.part}"
+
+    def train(self, work: Work) -> Result:
+        """{"labels": N×H×W uint8}, {"depth": N×H×W float32} or {"normals": N×3×H×W float32}."""
+        data, schedule = self.teacher.data, self.teacher.schedule
+        artifact = work.load(self.teacher)
+        seen: list[Tensor] = []
+        predict(
+            self.teacher.build(artifact.weights(), artifact.metrics),
+            batches(data.part(self.part), schedule),
+            tasks := tasks_of(data),
+            fabric=make_fabric(schedule.device),  # in float32: arg max of bfloat16 logits has ties
+            each=lambda predictions, _: seen.append(predictions[self.teacher.task].cpu()),
+        )
+        key, found = tasks[self.teacher.task].key, torch.cat(seen)
+        return Result({key: found.to(torch.uint8) if key == "labels" else found}, {}, [])
+
+
+@dataclass(frozen=True)
+class ImageScores(Recipe):
+    """What a teacher's metric adds up, image by image, over a part: a bootstrap over images needs no more."""
+
+    teacher: TaskTeacher
+    part: str = "test"
+
+    def sources(self) -> tuple[ModuleType, ...]:
+        return SOURCES
+
+    def name(self) -> str:
+        return f"{self.teacher.task}-scores-{self.part}"
+
+    def train(self, work: Work) -> Result:
+        """{state of the metric: images × its shape}; see `kamal_lib.metrics.resampled`."""
+        data, schedule, artifact = self.teacher.data, self.teacher.schedule, work.load(self.teacher)
+        task = tasks_of(data)[self.teacher.task]
+        rows: list[dict[str, Tensor]] = []
+        predict(
+            self.teacher.build(artifact.weights(), artifact.metrics),
+            batches(data.part(self.part), schedule),
+            {self.teacher.task: task},
+            fabric=make_fabric(schedule.device, precision=schedule.precision),  # as in `scores`
+            each=lambda predictions, batch: rows.append(
+                image_states(task.metric(), predictions[self.teacher.task].cpu(), batch[task.key].cpu())
+            ),
+        )
+        return Result({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, {}, [])
