@@ -59,7 +59,7 @@ class SegmentationScores(SetMetric):
         return {"miou": class_iou(confusion).nanmean(), "pixel_acc": confusion.diag().sum() / count}
 
 
-def class_iou(confusion: Int[Tensor, "classes classes"]) -> Float[Tensor, " classes"]:
+def class_iou(confusion: Shaped[Tensor, "classes classes"]) -> Float[Tensor, " classes"]:
     """IoU of each class (rows true, columns predicted); NaN for one that never occurs in the ground truth."""
     hits, truth = confusion.diag().double(), confusion.sum(1)
     return torch.where(truth > 0, hits / (truth + confusion.sum(0) - hits), torch.nan)
@@ -183,7 +183,7 @@ class NormalErrors(SetMetric):
         return {"angle_mean": mean, "angle_median": median} | dict(zip(names, shares, strict=True))
 
 
-def counted(count: Int[Tensor, ""], what: str) -> Int[Tensor, ""]:
+def counted(count: Shaped[Tensor, ""], what: str) -> Shaped[Tensor, ""]:
     """The count, which must not be 0. Raises ValueError."""
     if not count:
         raise ValueError(

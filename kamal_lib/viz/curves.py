@@ -72,3 +72,44 @@ def block_losses(
     )
     figure.alt = f"Held-out loss of each block, the decoder's from block {decoder_from} on; chosen: {chosen}."
     return figure
+
+
+def interval_curves(
+    curves: Mapping[str, Sequence[Mapping[str, float | int]]], *, over: str, labels: Mapping[str, str]
+) -> Picture:
+    """A small axis for each curve: its rows' "mean" against `over`, with bars from "low" to "high".
+
+    curves  {name: rows with `over`, "mean", "low" and "high"}; the axis of `over` doubles from tick to tick
+    labels  {name: what the vertical axis says, with the unit and which direction is better}
+    Raises ValueError for a curve without rows.
+    """
+    if empty := [name for name, rows in curves.items() if not rows]:
+        raise ValueError(f"no row for {', '.join(empty)}: leave a curve without measurements out")
+    figure = Picture(figsize=(min(3.3 * len(curves), 9.9), 3), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    told = []
+    for ax, (name, rows) in zip(axes, curves.items(), strict=True):
+        x, mean = [row[over] for row in rows], [row["mean"] for row in rows]
+        below = [row["mean"] - row["low"] for row in rows]
+        above = [row["high"] - row["mean"] for row in rows]
+        colour, dashes, marker = STYLES[0]
+        ax.errorbar(
+            x,
+            mean,
+            yerr=[below, above],
+            color=colour,
+            linestyle=dashes,
+            marker=marker,
+            markersize=4,
+            capsize=3,
+        )
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(x, [f"{value:g}" for value in x])
+        ax.minorticks_off()
+        ax.tick_params(labelsize=8)
+        ax.set(xlabel=over, ylabel=labels.get(name, "mean"))
+        ax.set_title(name, fontsize=10)
+        ax.grid(alpha=0.3)
+        told.append(f"{name} from {mean[0]:.3g} at {x[0]:g} to {mean[-1]:.3g} at {x[-1]:g}")
+    figure.alt = f"Mean and interval over {over}: {'; '.join(told)}."
+    return figure

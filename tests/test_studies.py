@@ -1,0 +1,101 @@
+"""What studies leave behind: hashes of recipes, merged files, intervals that mean what they say."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kamal_lib import studies
+from kamal_lib.metrics import DepthErrors, SegmentationScores, image_states
+from kamal_lib.recipes import NYUv2Data, label_curve, task_teachers
+from kamal_lib.studies import bootstrap, committed, config_hash, interval, record, stale
+
+
+def test_a_hash_is_that_of_what_was_asked_not_of_the_machine():
+    teacher = task_teachers("quick", seed=1)["depth"]
+    faster = replace(teacher, schedule=replace(teacher.schedule, precision="64-true", device="gpu"))
+    assert config_hash(teacher) == config_hash(faster)
+    for other in (
+        replace(teacher, labels=100),
+        replace(teacher, task="normals"),
+        replace(teacher, schedule=replace(teacher.schedule, epochs=3)),
+        replace(teacher, start=replace(teacher.start, seed=2)),
+    ):
+        assert config_hash(teacher) != config_hash(other)
+    here, there = (replace(teacher, data=NYUv2Data(root, (24, 32))) for root in ("a", "b"))
+    assert config_hash(here) == config_hash(there)
+
+
+def test_sections_are_merged_and_attempts_kept(tmp_path):
+    record("s", "quick", "rooms", {"runs": [1], "attempts": ["first"]}, folder=tmp_path)
+    record("s", "quick", "nyuv2", {"runs": [2], "attempts": ["other"]}, folder=tmp_path)
+    record("s", "quick", "rooms", {"runs": [3], "attempts": ["second"]}, folder=tmp_path)
+    found = committed("s", "quick", folder=tmp_path)
+    assert found["data"]["rooms"] == {"runs": [3], "attempts": ["first", "second"]}
+    assert found["data"]["nyuv2"]["runs"] == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.quick.json"]
+    with pytest.raises(ValueError, match="nan"):  # a result that is no number is not written
+        record("s", "quick", "rooms", {"runs": [float("nan")]}, folder=tmp_path)
+    assert committed("s", "quick", folder=tmp_path) == found
+
+
+def test_missing_results_say_what_there_is_and_how_to_make_them(tmp_path):
+    record("one", "quick", "rooms", {"runs": []}, folder=tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no results two.gpu.json, there are: one.quick.json.*--study two"
+    ):
+        committed("two", "gpu", folder=tmp_path)
+
+
+def test_stale_names_recipes_without_a_run():
+    recipes = label_curve("smoke", seed=1)
+    section = {"runs": [{"config": config_hash(recipe)} for recipe in recipes]}
+    assert stale(section, recipes) == []
+    changed = replace(recipes[0], scale=(1.0, 1.2))
+    assert stale(section, [*recipes, changed]) == [config_hash(changed)]
+
+
+def test_committed_results_are_those_of_todays_recipes():
+    """Rooms only: the sizes of NYUDv2's parts are known where its files are."""
+    for path in studies.RESULTS.glob("teachers.*.json"):
+        found = json.loads(path.read_text("utf-8"))
+        section = found["data"]["rooms"]
+        recipes = [r for seed in section["seeds"] for r in label_curve(found["profile"], seed=seed)]
+        assert stale(section, recipes) == [], f"{path.name} is stale: run the study again"
+        assert len(section["runs"]) == len(recipes)
+
+
+def depth_states(images: int, seed: int, noise: float):
+    g = torch.Generator().manual_seed(seed)
+    truth = 1 + 4 * torch.rand(images, 4, 5, generator=g)
+    return image_states(DepthErrors(), truth * (1 + noise * torch.rand(images, 1, 1, generator=g)), truth)
+
+
+def test_one_seed_and_equal_images_leave_no_interval():
+    truth = torch.tensor([[[0, 1, 1]]]).expand(6, 1, 3)
+    states = image_states(SegmentationScores(2), torch.tensor([[[0, 1, 0]]]).expand(6, 1, 3), truth)
+    low, high = interval(bootstrap(SegmentationScores(2), [states], draws=20)["miou"])
+    assert low == high == pytest.approx((1 / 2 + 1 / 2) / 2)
+
+
+def test_the_interval_is_that_of_a_mean_over_images():
+    """One seed, equal pixels an image: abs rel is a mean of n numbers, whose standard error is known."""
+    states = depth_states(200, 0, 0.5)
+    per_image = (states["sums"][:, 0] / states["count"]).numpy()
+    values = bootstrap(DepthErrors(), [states], draws=600)["abs_rel"]
+    assert values.mean() == pytest.approx(per_image.mean(), abs=0.003)
+    assert values.std() == pytest.approx(per_image.std() / np.sqrt(200), rel=0.15)
+
+
+def test_seeds_are_resampled_too_and_differences_are_paired():
+    near, far = depth_states(50, 0, 0.1), depth_states(50, 1, 0.9)
+    one = bootstrap(DepthErrors(), [near, far], draws=200)["abs_rel"]
+    alone = bootstrap(DepthErrors(), [near], draws=200)["abs_rel"]
+    assert one.std() > 5 * alone.std()  # the spread between the seeds is in it
+    worse = [{name: rows * 1.0 for name, rows in each.items()} for each in (near, far)]
+    for each in worse:
+        each["sums"][:, 0] += 0.01 * each["count"]
+    difference = bootstrap(DepthErrors(), worse, draws=200)["abs_rel"] - one
+    assert difference == pytest.approx(np.full(200, 0.01))
