@@ -1,5 +1,6 @@
 """Blocks, encoder–decoder, channel coding, TargetNet: identities that hold bit for bit, counted sizes."""
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -288,3 +289,14 @@ def test_shared_parameters_count_once():
 
 def test_slim_is_slim():
     assert 0.40e6 < parameters(build_network(SLIM, {"segmentation": 13}, seed=0)) < 0.45e6
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)])
+def test_images_that_are_not_rgb(shape):
+    """A grey image would be broadcast to three channels without a word."""
+    jaxtyping.config.update("jaxtyping_disable", True)  # users run without the annotations' own checks
+    try:
+        with pytest.raises(ValueError, match=r"RGB images, batch × 3 × height × width, got shape \("):
+            build_network(Architecture((4,), (1,), (True,)), {"depth": 2}, seed=0)(torch.rand(shape))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

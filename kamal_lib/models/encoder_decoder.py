@@ -48,7 +48,15 @@ VGG16 = Architecture(widths=(64, 128, 256, 512, 512), convs=(2, 2, 3, 3, 3), poo
 
 
 def normalise(image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """RGB in [0, 1] to zero mean and unit variance by ImageNet's statistics."""
+    """RGB in [0, 1] to zero mean and unit variance by ImageNet's statistics.
+
+    Raises ValueError unless there are three channels: a grey image would be broadcast to three in silence.
+    """
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(
+            f"a network takes RGB images, batch × 3 × height × width, got shape {tuple(image.shape)}: "
+            "repeat a grey channel three times, drop an alpha channel, add the batch axis"
+        )
     mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (image - mean) / std
 
