@@ -48,6 +48,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kamal-workbook", "torch", "torchvision", "lightning-fabric", "numpy", "papermill")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HIDDEN = {WIDGET, "application/json"}
+FOR_KERNELS = {
+    "GOMP_SPINCOUNT": "1000",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+"""Threads that fall asleep, and memory that is kept: the Makefile says why."""
 INDEX = Path(__file__).with_suffix(".html.j2")
 
 
@@ -239,7 +246,8 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
     if options.in_place:
         os.environ["KAMAL_PROFILE"] = "quick"
     os.environ["KAMAL_QUIET"] = "1"  # progress bars would be saved frozen at 0 %
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for the kernels: see the Makefile
+    for name, value in FOR_KERNELS.items():
+        os.environ.setdefault(name, value)
     # papermill's own inspection overlooks `x: str | None` and would warn of an unknown parameter
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

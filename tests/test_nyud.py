@@ -1,18 +1,22 @@
-"""NYUDv2: on miniature trees of the same layout, and on the real files where there are any."""
+"""NYUDv2: on miniature files of both layouts, and on the real ones where there are any."""
 
 import itertools
+import math
+import pickle
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import scipy.io
 import torch
 from PIL import Image
 
+from kamal_lib.data.loaders import loader
 from kamal_lib.data.nyud import CLASSES_13, CLASSES_40, PORTIONS, TO_13, NYUDv2, partition
 from kamal_lib.data.transforms import eval_transform
-from kamal_lib.sample import VOID, Depth
+from kamal_lib.sample import VOID, Depth, Normals
 
 HEIGHT, WIDTH = 24, 32
 TRAIN, TEST = range(1, 17), range(17, 20)
@@ -43,6 +47,37 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+TO_40 = [1 + 7 * k % 40 for k in range(894)]
+"""Stands for the official `mapClass`: class 1..40 of each class 1..894."""
+
+
+@pytest.fixture
+def mat(tmp_path: Path) -> Path:
+    """The images of `root` in the official layout: axes reversed, labels of 894 classes, depth in metres."""
+    folder = tmp_path / "official"
+    folder.mkdir()
+    scipy.io.savemat(
+        folder / "splits.mat", {"trainNdxs": [[n] for n in TRAIN], "testNdxs": [[n] for n in TEST]}
+    )
+    scipy.io.savemat(folder / "classMapping40.mat", {"mapClass": np.array([TO_40], np.uint8)})
+    generator = np.random.default_rng(0)
+    finer = np.array([[0] * 22] + [[k + 1 for k in range(894) if TO_40[k] == c][:22] for c in range(1, 41)])
+    images, labels, millimetres = zip(*map(arrays, (*TRAIN, *TEST)), strict=True)
+    with h5py.File(folder / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"] = np.stack(images).transpose(0, 3, 2, 1)
+        codes = finer[np.stack(labels), generator.integers(22, size=(len(labels), HEIGHT, WIDTH))]
+        file["labels"] = codes.transpose(0, 2, 1).astype(np.uint16)
+        file["depths"] = (np.stack(millimetres) / 1000).transpose(0, 2, 1).astype(np.float32)
+    return folder / "nyu_depth_v2_labeled.mat"
+
+
+def change(mat: Path, key: str, value: np.ndarray | None) -> None:
+    with h5py.File(mat, "a") as file:
+        del file[key]
+        if value is not None:
+            file[key] = value
+
+
 def first_file(root: Path, kind: str, dataset: NYUDv2) -> Path:
     return root / kind / "train" / f"{dataset.names[0]}.png"
 
@@ -59,8 +94,13 @@ def test_sample_holds_what_the_files_hold(root: Path, classes: int) -> None:
             expected = VOID if value == 0 else value - 1 if classes == 40 else TO_13[value - 1] - 1
             assert (sample["labels"].numpy()[labels == value] == expected).all()
         assert isinstance(sample["depth"], Depth)
-        dtypes = {key: entry.dtype for key, entry in sample.items()}
-        assert dtypes == {"image": torch.float32, "labels": torch.int64, "depth": torch.float32}
+        assert isinstance(sample["normals"], Normals)
+        assert {key: entry.dtype for key, entry in sample.items()} == {
+            "image": torch.float32,
+            "labels": torch.int64,
+            "depth": torch.float32,
+            "normals": torch.float32,
+        }
     assert sorted(dataset.names) == [f"{number:04d}" for number in TEST]
     assert len(dataset.classes) == classes
     assert f"{classes} classes" in repr(dataset)
@@ -69,8 +109,27 @@ def test_sample_holds_what_the_files_hold(root: Path, classes: int) -> None:
 def test_border_is_cut_from_all_entries_alike(root: Path) -> None:
     whole, cut = (NYUDv2(root, "test", crop_border=crop)[0] for crop in (False, True))
     # rows 44..470 and columns 40..600 of 480×640, at a twentieth, whole pixels only
-    for key in whole:
+    for key in ("image", "labels", "depth"):
         assert torch.equal(cut[key], whole[key][..., 3:23, 2:30])
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_normals_are_those_of_the_depth_and_the_camera(mat: Path, crop: bool) -> None:
+    height, width = 120, 160
+    truth = torch.tensor([0.36, -0.48, -0.8])
+    # the official camera at a quarter of 640×480
+    x = (torch.arange(width) - 325.582 / 4) / (518.858 / 4)
+    y = (torch.arange(height)[:, None] - 253.736 / 4) / (519.470 / 4)
+    depth = -1.2 / (truth[0] * x + truth[1] * y + truth[2])
+    assert ((depth > 0.5) & (depth < 10)).all()
+    for key, kind, item in (("images", np.uint8, (3,)), ("labels", np.uint16, ())):
+        change(mat, key, np.ones((19, *item, width, height), kind))
+    change(mat, "depths", np.stack([depth.numpy().T] * 19))
+    sample = NYUDv2(mat, "test", crop_border=crop)[0]
+    assert sample["normals"].shape == sample["image"].shape
+    cosine = (sample["normals"].as_subclass(torch.Tensor) * truth.view(3, 1, 1)).sum(0)
+    assert cosine.min() > math.cos(math.radians(0.1))
+    assert "normals" not in NYUDv2(mat, "test", normals=False)[0]
 
 
 def test_parts_are_disjoint_and_cover_the_training_images(root: Path) -> None:
@@ -81,6 +140,8 @@ def test_parts_are_disjoint_and_cover_the_training_images(root: Path) -> None:
     other = {split: NYUDv2(root, split, world=1) for split in PORTIONS}
     assert any(set(other[split].names) != set(parts[split].names) for split in PORTIONS)
     assert NYUDv2(root, "labelled").names == parts["labelled"].names
+    assert NYUDv2(root, "all").names == parts["labelled"].names + parts["unlabelled"].names
+    assert all("labels" in sample for sample in NYUDv2(root, "all"))
     assert NYUDv2(root, "test", world=1).names == NYUDv2(root, "test").names
 
 
@@ -105,8 +166,9 @@ def test_unlabelled_needs_and_opens_no_label(root: Path) -> None:
     shutil.rmtree(root / "depth")
     dataset = NYUDv2(root, "unlabelled")
     assert all(set(dataset[index]) == {"image"} for index in range(len(dataset)))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        NYUDv2(root, "labelled")
+    for split in ("labelled", "all"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            NYUDv2(root, split)
 
 
 def test_count_takes_the_first(root: Path) -> None:
@@ -118,7 +180,7 @@ def test_count_takes_the_first(root: Path) -> None:
 
 
 def test_unknown_split_and_classes(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"'labelled', 'unlabelled', 'validation', 'test'.*got 'train'"):
+    with pytest.raises(ValueError, match=r"'unlabelled', 'validation', 'all', 'test'.*got 'train'"):
         NYUDv2(root, "train")
     with pytest.raises(ValueError, match="13 or 40, but got 894"):
         NYUDv2(root, "test", classes=894)
@@ -188,6 +250,166 @@ def test_colour_labels_and_8_bit_depth_are_refused(root: Path) -> None:
         dataset[0]
 
 
+def test_depth_in_another_unit_is_refused(root: Path) -> None:
+    dataset = NYUDv2(root, "labelled")
+    write(root, "depth", "train", int(dataset.names[0]), np.full((HEIGHT, WIDTH), 12_000, np.uint16))
+    with pytest.raises(ValueError, match=rf"0 \(unknown\) to 10 m in .*{dataset.names[0]}.png.*such as 12 m"):
+        dataset[0]
+
+
+# --- the official .mat file -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["labelled", "unlabelled", "validation", "all", "test"])
+@pytest.mark.parametrize("options", [{}, {"classes": 40, "count": 1, "world": 1, "crop_border": False}])
+def test_mat_file_and_folder_give_the_same(root: Path, mat: Path, split: str, options: dict) -> None:
+    official, folder = (NYUDv2(place, split, **options) for place in (mat, root))
+    assert official.names == folder.names
+    for one, other in zip(official, folder, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert type(one[key]) is type(other[key])
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
+
+
+def test_mat_file_is_turned_upright(mat: Path) -> None:
+    image, _, millimetres = arrays(17)
+    dataset = NYUDv2(mat, "test", crop_border=False)
+    sample = dataset[dataset.names.index("0017")]
+    assert sample["image"].shape == (3, HEIGHT, WIDTH)
+    np.testing.assert_allclose(sample["image"][:, 3, 20].numpy() * 255, image[3, 20], atol=1e-4)
+    assert float(sample["depth"][3, 20]) == pytest.approx(millimetres[3, 20] / 1000, abs=1e-6)
+    assert (sample["depth"][:, 5] == 0).all()
+
+
+def test_mat_labels_go_from_894_to_40_to_13(mat: Path) -> None:
+    codes = np.arange(19 * WIDTH * HEIGHT).reshape(19, WIDTH, HEIGHT) % 895
+    change(mat, "labels", codes.astype(np.uint16))
+    for classes in (13, 40):
+        dataset = NYUDv2(mat, "test", classes=classes, crop_border=False)
+        for name, sample in zip(dataset.names, dataset, strict=True):
+            for code, label in zip(
+                codes[int(name) - 1].T.flat, sample["labels"].flatten().tolist(), strict=True
+            ):
+                of_40 = 0 if code == 0 else TO_40[code - 1]
+                expected = of_40 if classes == 40 or of_40 == 0 else TO_13[of_40 - 1]
+                assert label == (VOID if code == 0 else expected - 1)
+
+
+def test_workers_and_copies_read_the_mat_file(mat: Path) -> None:
+    dataset = NYUDv2(mat, "labelled")
+    here = [dataset[index] for index in range(len(dataset))]
+    for one, other in zip(here, pickle.loads(pickle.dumps(dataset)), strict=True):
+        assert torch.equal(one["depth"], other["depth"])
+    batches = loader(dataset, batch_size=2, shuffle=False, seed=0, workers=2)
+    for key in ("image", "labels", "depth", "normals"):
+        assert torch.equal(torch.cat([batch[key] for batch in batches]), torch.stack([s[key] for s in here]))
+
+
+def test_unlabelled_part_of_the_mat_file_opens_no_label(mat: Path) -> None:
+    (mat.parent / "classMapping40.mat").unlink()
+    for key in ("labels", "depths"):
+        change(mat, key, None)
+    assert set(NYUDv2(mat, "unlabelled")[0]) == {"image"}
+    with pytest.raises(ValueError, match=r"expected `labels` in .*labeled.mat, but found only \['images'\]"):
+        NYUDv2(mat, "all")
+
+
+def test_missing_mat_files_are_named(mat: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*other.mat: expected the official nyu_depth_v2_labeled"
+    ):
+        NYUDv2(mat.with_name("other.mat"), "test")
+    (mat.parent / "classMapping40.mat").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*classMapping40.mat: load it down, and put it beside"):
+        NYUDv2(mat, "test")
+    (mat.parent / "splits.mat").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*splits.mat: load it down"):
+        NYUDv2(mat, "unlabelled")
+
+
+@pytest.mark.parametrize("key", ["images", "labels", "depths"])
+def test_mat_file_without_a_key(mat: Path, key: str) -> None:
+    change(mat, key, None)
+    with pytest.raises(ValueError, match=rf"expected `{key}` in .*labeled.mat, but found only \["):
+        NYUDv2(mat, "test")
+
+
+def test_mat_entries_of_other_shapes(mat: Path) -> None:
+    change(mat, "depths", np.ones((19, HEIGHT, WIDTH), np.float32))
+    with pytest.raises(ValueError, match=r"`depths` of .* to be \(19, 32, 24\).*but got \(19, 24, 32\)"):
+        NYUDv2(mat, "test")
+    change(mat, "images", np.ones((19, WIDTH, HEIGHT, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"N×3×width×height, but got \(19, 32, 24, 3\)"):
+        NYUDv2(mat, "test")
+
+
+def test_damaged_mat_files(mat: Path) -> None:
+    content = mat.read_bytes()
+    for wrong in (b"", b"MATLAB 5.0 MAT-file" * 50, content[: len(content) // 2]):
+        mat.write_bytes(wrong)
+        with pytest.raises(
+            OSError, match=r"labeled.mat cannot be read as HDF5 .*official nyu_depth_v2_labeled"
+        ):
+            NYUDv2(mat, "test")
+    mat.write_bytes(content)
+    splits = mat.with_name("splits.mat")
+    for wrong in (b"", b"a page, not a file\n" * 50, splits.read_bytes()[:150]):
+        splits.write_bytes(wrong)
+        with pytest.raises(OSError, match=r"splits.mat cannot be read .*MATLAB 5"):
+            NYUDv2(mat, "test")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "got"),
+    [
+        (TRAIN, range(17, 21), "16 and 4 numbers, 1 to 20, with 0 in both"),
+        (range(16), TEST, "16 and 3 numbers, 0 to 19, with 0 in both"),
+        (TRAIN, range(16, 20), "16 and 4 numbers, 1 to 19, with 1 in both"),
+        (TRAIN, range(17, 19), "16 and 2 numbers, 1 to 18, with 0 in both"),
+    ],
+)
+def test_split_of_other_images(mat: Path, train: range, test: range, got: str) -> None:
+    scipy.io.savemat(mat.with_name("splits.mat"), {"trainNdxs": [*train], "testNdxs": [*test]})
+    with pytest.raises(
+        ValueError, match=rf"splits.mat to hold each image of .*, 1 to 19, once, but got {got}"
+    ):
+        NYUDv2(mat, "labelled")
+
+
+def test_small_mat_files_without_their_content(mat: Path) -> None:
+    mapping, splits = mat.with_name("classMapping40.mat"), mat.with_name("splits.mat")
+    for wrong, got in (([*range(1, 41)], "40 from 1 to 40"), ([*TO_40[:-1], 41], "894 from 1 to 41")):
+        scipy.io.savemat(mapping, {"mapClass": wrong})
+        with pytest.raises(ValueError, match=rf"a class 1..40 for each of 894, but got {got}"):
+            NYUDv2(mat, "test")
+    scipy.io.savemat(splits, {"trainNdxs": [*TRAIN]})
+    with pytest.raises(ValueError, match=r"numbers in `testNdxs` of .*splits.mat, but found only.*trainNdxs"):
+        NYUDv2(mat, "test")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, 10.5])
+def test_impossible_depth_in_the_mat_file_names_the_image(mat: Path, value: float) -> None:
+    dataset = NYUDv2(mat, "labelled")
+    with h5py.File(mat, "a") as file:
+        file["depths"][int(dataset.names[1]) - 1, 7, 9] = value
+    dataset[0]
+    with pytest.raises(
+        ValueError, match=rf"to 10 m in image {dataset.names[1]} of .*got 1 of 768 values such as {value:g} m"
+    ):
+        dataset[1]
+
+
+def test_impossible_label_in_the_mat_file_names_the_image(mat: Path) -> None:
+    dataset = NYUDv2(mat, "labelled")
+    with h5py.File(mat, "a") as file:
+        file["labels"][int(dataset.names[0]) - 1, 7, 9] = 895
+    with pytest.raises(
+        ValueError, match=rf"0 to 894 of image {dataset.names[0]} in .*labeled.mat, but got 895"
+    ):
+        dataset[0]
+
+
 # --- the real files ---------------------------------------------------------------------------------------
 
 
@@ -225,7 +447,7 @@ def test_real_split_is_the_official_one(nyuv2: Path) -> None:
 @pytest.mark.parametrize("split", ["labelled", "validation", "test"])
 def test_real_values_are_sane(nyuv2: Path, split: str) -> None:
     dataset = NYUDv2(nyuv2 / "half", split, count=30)
-    shares = torch.zeros(256)
+    shares, known, up = torch.zeros(256), [], []
     for index in range(30):
         sample = dataset[index]
         assert sample["image"].shape == (3, 213, 280)
@@ -233,6 +455,11 @@ def test_real_values_are_sane(nyuv2: Path, split: str) -> None:
         assert sample["depth"].min() > 0.7
         assert sample["depth"].max() < 10
         shares += torch.bincount(sample["labels"].flatten(), minlength=256)
+        seen = (sample["normals"] != 0).any(0)
+        known.append(seen.float().mean())
+        up.append(-sample["normals"][1, seen & (sample["labels"] == CLASSES_13.index("floor"))])
+    assert torch.stack(known).mean() > 0.7
+    assert torch.cat(up).median() > 0.85  # floors face up; the camera looks down a little
     shares /= shares.sum()
     assert shares[13:VOID].sum() == 0
     assert shares[VOID] < 0.3

@@ -1,9 +1,6 @@
-"""NYU Depth v2 (Silberman et al., ECCV 2012) in the folder layout of the public extraction toolkits.
+"""NYU Depth v2 (Silberman et al., ECCV 2012): image, labels, depth and normals, for teachers and students.
 
-    {image,seg40,depth}/{train,test}/0001.{jpg,png}
-
-Names are the official 1-based numbers, depth is 16-bit in millimetres (0 = unknown), seg40 is 8-bit with 0 =
-unlabelled and 1..40 (Gupta et al., CVPR 2013). Any size works, usually 640×480 or half of it.
+Read from the official `.mat` file or from folders of pictures: see `kamal_lib.data.nyud_files`.
 """
 
 import math
@@ -11,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import VisionDataset
 
+from kamal_lib.data.normals import normals_from_depth
+from kamal_lib.data.nyud_files import Folder, MatFile
 from kamal_lib.data.transforms import stream
-from kamal_lib.sample import VOID, Depth, Sample
+from kamal_lib.sample import VOID, Depth, Normals, Sample
 
 # fmt: off
 CLASSES_13 = (
@@ -47,15 +46,24 @@ PORTIONS = {"labelled": 3 / 8, "unlabelled": 1 / 2, "validation": 1 / 8}
 BORDER = (44, 471, 40, 601)
 """Top, bottom, left, right (exclusive) of the picture inside its white border, at 640×480."""
 
+FOCAL, CENTRE = (518.858, 519.470), (325.582, 253.736)
+"""The camera along x and y, pixels at 640×480 (`camera_params.m` of the official toolbox)."""
+
 
 class NYUDv2(VisionDataset):
-    """One part of NYUDv2 as `Sample`s: image, labels and depth, or `image` alone in "unlabelled".
+    """One part of NYUDv2 as `Sample`s: image, labels, depth, normals; or `image` alone in "unlabelled".
 
     "labelled", "unlabelled" and "validation" divide the official training images (see `partition`), "test" is
     the official test set. An unlabelled image's label and depth files are never opened, nor need they exist.
-    Images of a part come in a mixed order, so that its first `count` come from many scenes.
+    "all" is "labelled" and after it "unlabelled", with all their labels: the upper bound of what teachers can
+    be given. A student must never see it. Images of a part come in a mixed order, so that its first `count`
+    come from many scenes.
 
-    In the public extraction that this was tested with, class 40 (otherprop) cannot be told from unlabelled in
+    `root` is the official `nyu_depth_v2_labeled.mat`, or a folder of pictures: see `MatFile` and `Folder` in
+    `kamal_lib.data.nyud_files`. Normals are computed from the depth (Ye et al., section 6.1), see
+    `normals_from_depth`; the window is 4 pixels wide (standard deviation) at 320×240.
+
+    In the public folders that this was tested with, class 40 (otherprop) cannot be told from unlabelled in
     the training images: it is void there, and "objects" of the 13 classes in the test images.
     """
 
@@ -68,37 +76,35 @@ class NYUDv2(VisionDataset):
         count: int | None = None,
         world: int = 0,
         crop_border: bool = True,
+        normals: bool = True,
     ) -> None:
         """List the files; nothing is decoded yet.
 
         `classes` is 13 or 40, `count` takes the first of the part, `world` draws another division of the
-        training images. Raises ValueError for an unknown split, class count or count out of range, and
-        FileNotFoundError for another layout, an empty folder or an image without its counterparts.
+        training images, `normals=False` leaves them out, which saves time. Raises ValueError for an unknown
+        split, class count or count out of range, and what `MatFile` or `Folder` raises for files that are
+        missing or do not belong together.
         """
         super().__init__(str(root))
-        if split not in (*PORTIONS, "test"):
-            raise ValueError(f"expected split to be one of {[*PORTIONS, 'test']}, but got {split!r}")
+        if split not in (*PORTIONS, "all", "test"):
+            raise ValueError(f"expected split to be one of {[*PORTIONS, 'all', 'test']}, but got {split!r}")
         if classes not in (13, 40):
             raise ValueError(f"expected classes to be 13 or 40, but got {classes}")
-        self.split, self.crop_border = split, crop_border
+        self.split, self.crop_border, self.normals = split, crop_border, normals
         self.classes = CLASSES_13 if classes == 13 else CLASSES_40
         self._lookup = np.array([VOID, *(k - 1 for k in (TO_13 if classes == 13 else range(1, 41)))])
 
-        folder = "test" if split == "test" else "train"
-        self._files = {
-            kind: _listing(Path(root), kind, folder)
-            for kind in (("image",) if split == "unlabelled" else ("image", "seg40", "depth"))
-        }
-        names = list(self._files["image"])
+        layout = MatFile if Path(root).suffix == ".mat" else Folder
+        self._files = layout(Path(root), "test" if split == "test" else "train")
+        names = self._files.names
+        parts = {"test": [names]}
         if split != "test":
-            names = partition(names, world=world)[split]
-        for kind, files in self._files.items():
-            if missing := [name for name in names if name not in files]:
-                raise FileNotFoundError(
-                    f"{Path(root, kind, folder)} has no counterpart of {len(missing)} images, the first is "
-                    f"{self._files['image'][missing[0]]}: expected {missing[0]}.png there; extract it again"
-                )
-        names.sort(key=lambda name: stream(int(name)))
+            division = partition(names, world=world)
+            parts = {part: [division[part]] for part in PORTIONS}
+            parts["all"] = [division["labelled"], division["unlabelled"]]
+        names = [name for part in parts[split] for name in sorted(part, key=lambda name: stream(int(name)))]
+        if split != "unlabelled":
+            self._files.expect(names)
         if count is not None and not 0 < count <= len(names):
             raise ValueError(f"expected count from 1 to {len(names)} (all of {split!r}), but got {count}")
         self.names = names[:count]
@@ -109,33 +115,19 @@ class NYUDv2(VisionDataset):
     def __getitem__(self, index: int) -> Sample:
         """Decode one sample.
 
-        Raises OSError for a damaged file, ValueError for a wrong type, size or label; each names the file.
+        Raises OSError for a damaged file, ValueError for a wrong type, size, label or depth; each names it.
         """
-        paths = {kind: files[self.names[index]] for kind, files in self._files.items()}
-        image = _decode(paths["image"], mode="RGB")
+        name = self.names[index]
+        image = self._files.image(name)
         window = _window(*image.shape[:2]) if self.crop_border else (slice(None), slice(None))
         pixels = np.ascontiguousarray(image[window].transpose(2, 0, 1), np.float32)
         sample = Sample(image=tv_tensors.Image(pixels / 255))
         if self.split != "unlabelled":
-            labels, depth = _decode(paths["seg40"]), _decode(paths["depth"])
-            for kind, array in (("seg40", labels), ("depth", depth)):
-                if array.shape != image.shape[:2]:
-                    raise ValueError(
-                        f"expected {paths[kind]} to be one channel of the size of {paths['image']}, "
-                        f"{image.shape[:2]} (height, width), but got {array.shape}"
-                    )
-            if depth.dtype not in (np.uint16, np.int32):  # Pillow before 11 opens 16-bit PNGs as int32
-                raise ValueError(
-                    f"expected 16-bit millimetres in {paths['depth']}, but got {depth.dtype}: the scale is "
-                    "lost in it; extract the depth again"
-                )
-            if labels.max() > 40:
-                raise ValueError(
-                    f"expected labels 0 (unlabelled) to 40 in {paths['seg40']}, but got {labels.max()}: is "
-                    "it a map of the 894 classes?"
-                )
+            labels, depth = self._files.annotation(name)
             sample["labels"] = tv_tensors.Mask(self._lookup[labels[window]])
-            sample["depth"] = Depth(depth[window].astype(np.float32) / 1000)
+            sample["depth"] = Depth(np.ascontiguousarray(depth[window]))
+            if self.normals:
+                sample["normals"] = _normals(sample["depth"], window, image.shape[:2])
         return sample
 
     def extra_repr(self) -> str:
@@ -168,30 +160,17 @@ def partition(names: Sequence[str], *, world: int) -> dict[str, list[str]]:
     return parts
 
 
-def _listing(root: Path, kind: str, folder: str) -> dict[str, Path]:
-    place = root / kind / folder
-    files = {path.stem: path for path in sorted(place.glob("[0-9][0-9][0-9][0-9].*"))}
-    if not files:
-        found = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
-        state = "has no files 0001.jpg or .png" if place.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"{place} {state}. Expected image, seg40 and depth, each with train and test, in {root}; "
-            f"found there: {found}. Point `root` at the folder that holds them"
-        )
-    return files
-
-
-def _decode(path: Path, *, mode: str | None = None) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            return np.array(picture if mode is None else picture.convert(mode))
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"{path} cannot be decoded ({error}): it may be truncated; extract it again") from error
-
-
 def _window(height: int, width: int) -> tuple[slice, slice]:
     top, bottom, left, right = BORDER
     return (
         slice(math.ceil(top * height / 480), bottom * height // 480),
         slice(math.ceil(left * width / 640), right * width // 640),
     )
+
+
+def _normals(depth: Tensor, window: tuple[slice, slice], size: tuple[int, int]) -> Normals:
+    """Normals of the part `window` of a picture of (height, width) `size`."""
+    down, right = size[0] / 480, size[1] / 640
+    focal = (FOCAL[0] * right, FOCAL[1] * down)
+    centre = (CENTRE[0] * right - (window[1].start or 0), CENTRE[1] * down - (window[0].start or 0))
+    return normals_from_depth(depth, focal, centre, smoothing=size[1] / 80)
