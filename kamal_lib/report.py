@@ -145,9 +145,14 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and git revision; what cannot be found out is None."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        revision = _git("rev-parse", "HEAD")
+        # new files count as changes too, unlike in `git describe --dirty`
+        revision += (
+            "-dirty"
+            if _git("status", "--porcelain", "--", "kamal_lib", ":(glob)notebooks/**/*.ipynb")
+            else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         revision = None
     return {
@@ -158,6 +163,11 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.platform()}, Python {platform.python_version()}",
     } | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def normalised(executed: NotebookNode) -> NotebookNode:

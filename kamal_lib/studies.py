@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from kamal_lib.artifacts import Recipe
@@ -76,9 +77,18 @@ def stale(section: Mapping[str, Any], recipes: Iterable[Recipe]) -> list[str]:
 
 
 def bootstrap(
-    metric: SetMetric, states: Sequence[Mapping[str, Tensor]], *, draws: int = 1000, seed: int = 0
+    metric: SetMetric,
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    shared_images: bool,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """{score: its value in each draw}, where a draw resamples the seeds and, within each, the images.
+    """{score: its value in each draw}, where a draw resamples the seeds and the images.
+
+    With `shared_images` all seeds were measured on the same images, and a draw takes one resample of them for
+    all; without, each seed has images of its own, resampled apart. (Shared images that are resampled apart
+    make intervals too narrow: what one resample has too much of, another lacks.)
 
     `states` holds, for each seed, what the metric added up image by image (`metrics.image_states`). Equal
     shapes and an equal `seed` give equal draws, so that differences between two methods are paired.
@@ -88,15 +98,19 @@ def bootstrap(
     values: list[list[dict[str, float]]] = []
     for _ in range(draws):
         chosen = torch.randint(len(rows), (len(rows),), generator=generator).tolist()
-        scores = []
-        for which in chosen:
-            images = len(next(iter(rows[which].values())))
-            picked = torch.randint(images, (images,), generator=generator)
-            scores.append(resampled(metric, rows[which], picked.bincount(minlength=images)))
-        values.append(scores)
+        picked = [times(len(next(iter(rows[which].values()))), generator) for which in chosen]
+        picked = picked[:1] * len(picked) if shared_images else picked
+        values.append(
+            [resampled(metric, rows[which], own) for which, own in zip(chosen, picked, strict=True)]
+        )
     return {
         name: np.array([[one[name] for one in scores] for scores in values]).mean(1) for name in values[0][0]
     }
+
+
+def times(images: int, generator: torch.Generator) -> Int[Tensor, " images"]:
+    """How often each image occurs in one resample of all."""
+    return torch.randint(images, (images,), generator=generator).bincount(minlength=images)
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -76,7 +76,7 @@ def depth_states(images: int, seed: int, noise: float):
 def test_one_seed_and_equal_images_leave_no_interval():
     truth = torch.tensor([[[0, 1, 1]]]).expand(6, 1, 3)
     states = image_states(SegmentationScores(2), torch.tensor([[[0, 1, 0]]]).expand(6, 1, 3), truth)
-    low, high = interval(bootstrap(SegmentationScores(2), [states], draws=20)["miou"])
+    low, high = interval(bootstrap(SegmentationScores(2), [states], shared_images=False, draws=20)["miou"])
     assert low == high == pytest.approx((1 / 2 + 1 / 2) / 2)
 
 
@@ -84,18 +84,31 @@ def test_the_interval_is_that_of_a_mean_over_images():
     """One seed, equal pixels an image: abs rel is a mean of n numbers, whose standard error is known."""
     states = depth_states(200, 0, 0.5)
     per_image = (states["sums"][:, 0] / states["count"]).numpy()
-    values = bootstrap(DepthErrors(), [states], draws=600)["abs_rel"]
+    values = bootstrap(DepthErrors(), [states], shared_images=False, draws=600)["abs_rel"]
     assert values.mean() == pytest.approx(per_image.mean(), abs=0.003)
     assert values.std() == pytest.approx(per_image.std() / np.sqrt(200), rel=0.15)
 
 
 def test_seeds_are_resampled_too_and_differences_are_paired():
     near, far = depth_states(50, 0, 0.1), depth_states(50, 1, 0.9)
-    one = bootstrap(DepthErrors(), [near, far], draws=200)["abs_rel"]
-    alone = bootstrap(DepthErrors(), [near], draws=200)["abs_rel"]
-    assert one.std() > 5 * alone.std()  # the spread between the seeds is in it
+    one = bootstrap(DepthErrors(), [near, far], shared_images=False, draws=200)["abs_rel"]
+    gap = float((far["sums"][:, 0] / far["count"]).mean() - (near["sums"][:, 0] / near["count"]).mean())
+    # two seeds drawn with replacement: half the draws take both, a quarter each takes one of them twice
+    assert one.std() == pytest.approx(gap * np.sqrt(1 / 8), rel=0.2)
     worse = [{name: rows * 1.0 for name, rows in each.items()} for each in (near, far)]
     for each in worse:
         each["sums"][:, 0] += 0.01 * each["count"]
-    difference = bootstrap(DepthErrors(), worse, draws=200)["abs_rel"] - one
+    difference = bootstrap(DepthErrors(), worse, shared_images=False, draws=200)["abs_rel"] - one
     assert difference == pytest.approx(np.full(200, 0.01))
+
+
+def test_images_that_all_seeds_share_are_resampled_once():
+    """Three seeds with equal results on equal images are worth one seed; on images of their own, three."""
+    states = [depth_states(100, 0, 0.5)] * 3
+    per_image = (states[0]["sums"][:, 0] / states[0]["count"]).numpy()
+    error = per_image.std() / np.sqrt(100)
+    shared, apart = (
+        bootstrap(DepthErrors(), states, shared_images=which, draws=600)["abs_rel"] for which in (True, False)
+    )
+    assert shared.std() == pytest.approx(error, rel=0.15)
+    assert apart.std() == pytest.approx(error / np.sqrt(3), rel=0.15)

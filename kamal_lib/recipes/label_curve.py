@@ -13,8 +13,9 @@ def label_curve(
     """The teachers of one seed, by number of labels, then by task; the last are given every label there is.
 
     The numbers are the profile's, as far as there are images, and then all of the labelled and the unlabelled
-    part: the upper bound. All teachers of a task take as many steps as the profile's own, whatever the number
-    of labels: fewer labels are seen more often. Raises ValueError as `task_teachers`.
+    part. All teachers of a task take as many steps as the profile's own, whatever the number of labels: fewer
+    labels are seen more often. On NYUDv2 the parts, and with them the last number, differ a little from seed
+    to seed. Raises ValueError as `task_teachers`.
     """
     usual = task_teachers(profile, data=data, data_root=data_root, seed=seed)
     labelled, everything = usual["depth"].data.labels()
