@@ -33,6 +33,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kamal_lib.processes import Line
+
+Watch = Callable[[list[dict[str, float]]], object]
+
 FILES = ("weights.safetensors", "history.csv", "metrics.json")
 
 
@@ -70,10 +74,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Work:
-    """What a recipe trains with: a folder for its checkpoints, which outlives a kill, and parents by key."""
+    """What a recipe trains with: a folder for its checkpoints, which outlives a kill, and parents by key.
+
+    `watch` wants to be called with the history so far after each epoch; it is no part of any key.
+    """
 
     folder: Path
     parents: Mapping[str, Artifact]
+    watch: Watch | None = None
 
     def load(self, parent: "Recipe") -> Artifact:
         """The artefact of a parent. Raises ValueError for a recipe that was not declared as one."""
@@ -115,42 +123,111 @@ def key(recipe: Recipe) -> str:
     return _digest(_identity(recipe, {}))
 
 
-def load_or_train(recipe: Recipe, store: Path, *, progress: Callable[[str], object] = print) -> Artifact:
+def load_or_train(
+    recipe: Recipe,
+    store: Path,
+    *,
+    progress: Callable[[str], object] = print,
+    watch: Watch | None = None,
+) -> Artifact:
     """The recipe's artefact: loaded if the store has it, else trained, parents first, and stored.
 
     A damaged entry is warned about, moved aside and rebuilt. A second process waits for the first. A training
     that was killed or that raised goes on from its checkpoints at the next call. After an edit of library
     sources restart Python first: the key reads the files, the training runs what was imported.
 
-    Raises StoreError if the store cannot be written, ValueError if two weights share memory.
+    `watch` is handed to the recipe's own training, not to that of its parents. Under `torchrun` every process
+    makes this call: process 0 decides, locks and stores, the others train along and read what it stored. How
+    many they are is no part of the key.
+
+    Raises StoreError if the store cannot be written, ValueError if two weights share memory, RuntimeError in
+    the other processes if process 0 failed.
     """
     parents: dict[str, Recipe] = {}
     identity = _identity(recipe, parents)
     name = re.sub(r"[^\w.-]+", "-", recipe.name()).strip(".-") or "unnamed"
     folder = store / f"{name}-{_digest(identity)}"
+    line = Line(folder.name)
+    if line.rank:
+        return _train_along(recipe, folder, identity, parents, watch, line)
+    found = None
+    with line.open():
+        with suppress(DamagedError, FileNotFoundError):
+            found = _read(folder, identity)
+        if found is None:
+            line.say("parents")
+            # Parents come before the lock: no process then holds one lock while it waits for another.
+            loaded = {of: load_or_train(parent, store, progress=progress) for of, parent in parents.items()}
+            with _locked(store, folder.name, progress):
+                work = Work(_work_folder(folder), loaded, watch)
+                found = _train_once(recipe, name, folder, identity, work, progress, line)
+        line.say("stored")
+        return found
+
+
+def _train_once(
+    recipe: Recipe,
+    name: str,
+    folder: Path,
+    identity: dict[str, Any],
+    work: Work,
+    progress: Callable[[str], object],
+    line: Line,
+) -> Artifact:
+    """Under the lock: what another process has stored meanwhile, else the recipe trained and stored."""
+    try:
+        return _read(folder, identity)
+    except FileNotFoundError:
+        pass
+    except DamagedError as damage:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        warnings.warn(f"{folder}: {damage}. Moved to {aside.name}; it is being rebuilt", stacklevel=3)
+        with _writing(folder.parent):
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+    draft, complete = folder.with_name(f".{folder.name}.new"), None
     with suppress(DamagedError, FileNotFoundError):
-        return _read(folder, identity)
-    # Parents come before the lock: no process then holds one lock while it waits for another.
-    loaded = {of: load_or_train(parent, store, progress=progress) for of, parent in parents.items()}
-    with _locked(store, folder.name, progress):
-        try:
-            return _read(folder, identity)
-        except FileNotFoundError:
-            pass
-        except DamagedError as damage:
-            aside = folder.with_name(f"{folder.name}.damaged")
-            warnings.warn(f"{folder}: {damage}. Moved to {aside.name}; it is being rebuilt", stacklevel=2)
-            with _writing(store):
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.replace(aside)
-        work = Work(store / f".{folder.name}.work", loaded)
-        with _writing(store):
+        complete = _read(draft, identity)  # whoever wrote it was killed before it was moved
+    if complete is None:
+        with _writing(folder.parent):
             work.folder.mkdir(exist_ok=True)
+        line.say("train")
         start = time.monotonic()
-        _publish(folder, name, identity, recipe.train(work))
-        shutil.rmtree(work.folder, ignore_errors=True)
+        _write(draft, name, identity, recipe.train(work))
         progress(f"{name}: trained in {time.monotonic() - start:.0f} s")
+    # In this order a kill at any moment leaves nothing that the next call does not use.
+    shutil.rmtree(work.folder, ignore_errors=True)
+    with _writing(folder.parent):
+        draft.replace(folder)
+    return _read(folder, identity)
+
+
+def _train_along(
+    recipe: Recipe,
+    folder: Path,
+    identity: dict[str, Any],
+    parents: Mapping[str, Recipe],
+    watch: Watch | None,
+    line: Line,
+) -> Artifact:
+    """`load_or_train` in a process other than 0: it does what process 0 says, and writes nothing."""
+    if line.hear() == "parents":
+        loaded = {of: load_or_train(parent, folder.parent) for of, parent in parents.items()}
+        if line.hear() == "train":
+            try:
+                recipe.train(Work(_work_folder(folder), loaded, watch))
+            except Exception as error:
+                if reason := line.failure():
+                    error.add_note(reason)
+                raise
+            line.hear()
+    try:
         return _read(folder, identity)
+    except (DamagedError, FileNotFoundError) as error:
+        raise StoreError(
+            f"process {line.rank} cannot read {folder}, which process 0 has stored: all processes need the "
+            f"same store, on a disk that they share"
+        ) from error
 
 
 def default_store() -> Path:
@@ -271,8 +348,12 @@ def _read(folder: Path, identity: dict[str, Any]) -> Artifact:
     return Artifact(folder, _digest(identity), identity["config"], metrics, history)
 
 
-def _publish(folder: Path, name: str, identity: dict[str, Any], result: Result) -> None:
-    """Write the entry beside its place and move it there in one step."""
+def _work_folder(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.work")
+
+
+def _write(draft: Path, name: str, identity: dict[str, Any], result: Result) -> None:
+    """Write the entry beside its place; config.json comes last."""
     table = io.StringIO()
     columns = dict.fromkeys(column for row in result.history for column in row)
     writer = csv.DictWriter(table, list(columns), lineterminator="\n")
@@ -283,14 +364,12 @@ def _publish(folder: Path, name: str, identity: dict[str, Any], result: Result) 
     contents = dict(zip(FILES, (weights, table.getvalue().encode(), metrics), strict=True))
     checksums = {file: _sha256(content) for file, content in contents.items()}
     config = {"name": name, "key": _digest(identity), **identity, "sha256": checksums}
-    draft = folder.with_name(f".{folder.name}.new")
-    with _writing(folder.parent):
+    with _writing(draft.parent):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         for file, content in contents.items():
             (draft / file).write_bytes(content)
         (draft / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
-        draft.replace(folder)
 
 
 def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:

@@ -1,14 +1,16 @@
-"""Training and evaluation on Lightning Fabric: it knows objectives, loaders and tasks, not distillation.
+"""Training on Lightning Fabric: it knows objectives, loaders and tasks, not distillation.
 
 An *objective* is a module whose forward(batch) returns {name: loss}. What is registered in it learns and is
 its state; what it merely uses (frozen teachers, a frozen prefix) it keeps unregistered.
 """
 
-import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from kamal_lib.artifacts import load_state, save_state
-from kamal_lib.tasks import Task
+from kamal_lib.devices import fast_precision, make_fabric, to_device
+from kamal_lib.evaluation import evaluate, mean_losses, predict
+from kamal_lib.processes import processes
+
+__all__ = [
+    "History",
+    "Schedule",
+    "evaluate",
+    "fast_precision",
+    "fit",
+    "make_fabric",
+    "mean_losses",
+    "predict",
+    "share",
+    "to_device",
+]
 
 History = list[dict[str, float]]
 
@@ -29,6 +46,13 @@ class Schedule:
     """How and where: AdamW with the paper's poly policy, lr · (1 − step/steps)^power.
 
     `warmup` is the share of the steps in which the rate first rises from 0, linearly; the paper has none.
+    `accumulate` batches of `batch_size` images make one step, whose gradient is that of all their images
+    together; at the end of an epoch a step takes what is left. (A loss leaves out images without a known
+    pixel, and the batches' weights do not: where there are such images, the two differ a little, and so do
+    one and several processes.) `clip` is the largest gradient norm, over all parameters together, that a step
+    uses; longer gradients are shortened to it.
+
+    Raises ValueError for numbers that mean no training.
     """
 
     epochs: int
@@ -42,38 +66,35 @@ class Schedule:
     accumulate: int = 1
     clip: float | None = None
 
+    def __post_init__(self):
+        if min(self.epochs, self.batch_size, self.accumulate) < 1:
+            raise ValueError(
+                f"epochs, batch_size and accumulate must be at least 1, got {self.epochs}, {self.batch_size} "
+                f"and {self.accumulate}"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(
+                f"clip must be a gradient norm above 0, or None for no clipping, got {self.clip}"
+            )
+
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step 0..steps−1."""
         rising = min(1.0, (step + 1) / (self.warmup * steps)) if self.warmup else 1.0
         return self.learning_rate * rising * (1 - step / steps) ** self.power
 
 
-def make_fabric(device: str = "auto", *, precision: str = "32-true") -> Fabric:
-    """A Fabric on one device: "cpu", "gpu" or "auto"; precision "32-true" or "bf16-mixed".
+def share(schedule: Schedule) -> dict[str, int]:
+    """What the training loader of this process takes of a batch: {"batch_size", "num_replicas", "rank"}.
 
-    Raises RuntimeError where a GPU is asked for and there is none, ValueError for another word.
+    A schedule's batch size is that of all processes together. Raises ValueError where it does not divide.
     """
-    if device not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'gpu', got {device!r}")
-    if device == "gpu" and not torch.cuda.is_available():
-        raise RuntimeError("device 'gpu' was asked for, but torch sees no GPU: use 'auto' or 'cpu'")
-    if precision not in ("32-true", "bf16-mixed"):
-        raise ValueError(f"precision must be '32-true' or 'bf16-mixed', got {precision!r}")
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # announces bfloat16 at every use
-    accelerator = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return Fabric(accelerator=accelerator, devices=1, precision=precision)  # pyright: ignore[reportArgumentType]
-
-
-def fast_precision() -> str:
-    """ "bf16-mixed" on a processor that computes bfloat16 itself, "32-true" on others and where unknown."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
-
-
-def to_device(fabric: Fabric, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch on Fabric's device, its image in channels_last, which convolutions on CPU and GPU prefer."""
-    moved = fabric.to_device(dict(batch))
-    return moved | {"image": moved["image"].contiguous(memory_format=torch.channels_last)}
+    count, rank = processes()
+    if schedule.batch_size % count:
+        raise ValueError(
+            f"a batch of {schedule.batch_size} images does not divide among {count} processes: choose a "
+            f"batch_size that is a multiple of {count}"
+        )
+    return {"batch_size": schedule.batch_size // count, "num_replicas": count, "rank": rank}
 
 
 def fit(
@@ -85,56 +106,136 @@ def fit(
     checkpoint: Path | None = None,
     save_every: float = 10.0,
     title: str = "training",
+    watch: Callable[[History], object] | None = None,
 ) -> History:
-    """Trains the objective's parameters on the sum of its losses; returns one row of mean losses per epoch.
+    """Trains the objective's parameters on the sum of its losses; returns a row of mean losses an epoch.
+
+    The means are over batches, a small last one included.
 
     With a `checkpoint` path the state is saved there every `save_every` seconds, and a later call goes on
-    from it: on a CPU the result is that of an uninterrupted run, bit for bit (order and augmentation of the
-    loader are functions of seed, epoch and index). Raises FloatingPointError when a loss is not finite.
+    from it: on a CPU, with as many threads, the result is that of an uninterrupted run, bit for bit (order
+    and augmentation of the loader are functions of seed, epoch and index).
+
+    `watch` is called after each epoch with the history so far, and may put the networks in eval mode. The
+    checkpoint is written before, so that an error in it loses nothing.
+
+    Several processes each pass the shuffled loader of their `share`, and end with the same weights and
+    history. Norm layers see the share only, and keep the running statistics of process 0, which alone writes
+    files. `watch` is called in every process.
+
+    Raises FloatingPointError when a loss is not finite, RuntimeError when a worker of the loader died,
+    ValueError for a loader without a batch, StoreError when the checkpoint cannot be written.
     """
+    loader.sampler.seek(0)  # pyright: ignore[reportAttributeAccessIssue]: another fit may have left it midway
+    in_epoch = len(loader)  # batches
+    if not in_epoch:
+        raise ValueError(f"{title}: the loader has no batch: give it images, or turn drop_last off")
     objective = objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     model, wrapped = fabric.setup(objective, optimizer)
-    per_epoch = len(loader)
+    per_epoch = math.ceil(in_epoch / schedule.accumulate)
     steps = schedule.epochs * per_epoch
     step, history, sums = resume(checkpoint, objective, optimizer)
+    fabric.barrier()  # all have read the checkpoint before one writes the next
+    writes = checkpoint if fabric.is_global_zero else None
     model.train()
     saved = time.monotonic()
-    with progress_bar(steps, title, start=step) as bar:
+    with progress_bar(steps, title, start=step) as bar, dead_workers_named(title, loader):
         while step < steps:
             epoch, start = divmod(step, per_epoch)
-            loader.sampler.seek(epoch, start)  # pyright: ignore[reportAttributeAccessIssue]
-            for batch in loader:
-                if checkpoint is not None and time.monotonic() - saved >= save_every:
-                    save_progress(checkpoint, objective, optimizer, step, history, sums)
+            loader.sampler.seek(epoch, start * schedule.accumulate)  # pyright: ignore[reportAttributeAccessIssue]
+            for batches in groups(loader, schedule.accumulate):
+                if writes is not None and time.monotonic() - saved >= save_every:
+                    save_progress(writes, objective, optimizer, step, history, sums)
                     saved = time.monotonic()
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.rate(step, steps)
-                losses: dict[str, Tensor] = model(to_device(fabric, batch))
-                total = torch.stack(list(losses.values())).sum()
-                if not bool(torch.isfinite(total)):
-                    seen = {name: round(float(loss.detach()), 4) for name, loss in losses.items()}
-                    raise FloatingPointError(
-                        f"{title}: the loss is not finite at step {step} of {steps}: {seen}; "
-                        f"lower the learning rate ({schedule.learning_rate}) or look at the batch's targets"
-                    )
                 wrapped.zero_grad()
-                fabric.backward(total)
+                try:
+                    for losses in gradients(model, batches, fabric):
+                        sums |= {name: sums.get(name, 0.0) + loss for name, loss in losses.items()}
+                    clip_gradients(model, wrapped, schedule.clip, fabric)
+                except FloatingPointError as error:
+                    raise FloatingPointError(
+                        f"{title}: {error} at step {step} of {steps}; lower the learning rate "
+                        f"({schedule.learning_rate}) or look at the batch's targets"
+                    ) from error
                 wrapped.step()
-                for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(loss.detach())
                 step += 1
                 bar.update()
-            history.append({"epoch": epoch + 1.0} | {name: s / per_epoch for name, s in sums.items()})
+            history.append({"epoch": epoch + 1.0} | {name: s / in_epoch for name, s in sums.items()})
             bar.set_postfix({name: f"{value:.3f}" for name, value in history[-1].items() if name != "epoch"})
             sums = {}
+            if fabric.world_size > 1:
+                for buffer in objective.buffers():
+                    torch.distributed.broadcast(buffer, 0)
+            if watch is not None:
+                if writes is not None:
+                    save_progress(writes, objective, optimizer, step, history, sums)
+                watch(history)
+                model.train()
     return history
 
 
+def gradients(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], fabric: Fabric
+) -> Iterator[dict[str, float]]:
+    """Adds to the parameters the gradient of the mean over all images of the batches; yields their losses.
+
+    The losses are means over all processes. Raises FloatingPointError where one is not finite.
+    """
+    images = sum(len(batch["image"]) for batch in batches)
+    for i, batch in enumerate(batches, 1):
+        with fabric.no_backward_sync(model, enabled=i < len(batches)):  # pyright: ignore[reportArgumentType]
+            losses: dict[str, Tensor] = model(to_device(fabric, batch))
+            stacked = torch.stack(list(losses.values()))
+            means: Any = fabric.all_reduce(stacked.detach().clone())
+            seen = dict(zip(losses, means.tolist(), strict=True))
+            if not math.isfinite(sum(seen.values())):
+                raise FloatingPointError(f"the loss is not finite ({seen})")
+            yield seen
+            fabric.backward(stacked.sum() * (len(batch["image"]) / images))
+
+
+def clip_gradients(model: Any, optimizer: Any, clip: float | None, fabric: Fabric) -> None:
+    """Shortens the gradient to norm `clip`. Raises FloatingPointError where it is not finite."""
+    if clip is not None:
+        norm: Any = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite (norm {float(norm)})")
+
+
+def groups(loader: Iterable, size: int) -> Iterator[list[dict[str, Any]]]:
+    """The batches of one pass, `size` at a time; the last group may be smaller."""
+    batches = iter(loader)
+    while group := list(islice(batches, size)):
+        yield group
+
+
+@contextmanager
+def dead_workers_named(title: str, loader: DataLoader) -> Iterator[None]:
+    """Says whose training it was that lost a worker process of its loader, and what to do."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        seen: Exception = error
+        if loader.num_workers and not isinstance(error, RuntimeError) and "Caught" not in str(error):
+            try:
+                time.sleep(2)  # a connection broke first: the signal that interrupts this says whose
+            except RuntimeError as death:
+                seen = death
+        elif "DataLoader worker (pid" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{title}: a process that loads images is gone ({seen}). Was there too little memory? Train "
+            f"again, with fewer workers: it goes on from the last checkpoint if one was asked for"
+        ) from error
+
+
 def progress_bar(total: int, title: str, *, start: int = 0) -> tqdm:
-    """A bar that leaves nothing behind; silent where KAMAL_QUIET is set, as in reports."""
-    quiet = bool(os.environ.get("KAMAL_QUIET"))
+    """A bar that leaves nothing behind; silent in all processes but one, and where KAMAL_QUIET is set."""
+    quiet = bool(os.environ.get("KAMAL_QUIET")) or processes()[1] > 0
     return tqdm(total=total, initial=start, desc=title, leave=False, disable=quiet)
 
 
@@ -170,52 +271,3 @@ def resume(
             states.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     return extra["step"], extra["history"], extra["sums"]
-
-
-@torch.no_grad()
-def mean_losses(objective: nn.Module, loader: Iterable, *, fabric: Fabric) -> dict[str, float]:
-    """The objective's losses on a whole set, in eval mode, each image counting the same."""
-    objective = objective.to(fabric.device).eval()
-    sums: dict[str, float] = {}
-    images = 0
-    for batch in loader:
-        count = len(batch["image"])
-        with fabric.autocast():
-            losses = objective(to_device(fabric, batch))
-        sums = {name: sums.get(name, 0.0) + count * float(loss) for name, loss in losses.items()}
-        images += count
-    return {name: value / images for name, value in sums.items()}
-
-
-@torch.no_grad()
-def predict(
-    network: nn.Module,
-    loader: Iterable,
-    tasks: Mapping[str, Task],
-    *,
-    fabric: Fabric,
-    each: Callable[[dict[str, Tensor], dict[str, Any]], None],
-) -> None:
-    """Calls each({task: decoded prediction}, batch) for every batch, with the network in eval mode."""
-    network = network.to(fabric.device, memory_format=torch.channels_last).eval()  # pyright: ignore
-    for batch in loader:
-        moved = to_device(fabric, batch)
-        with fabric.autocast():
-            responses = network(moved["image"])
-        each({name: tasks[name].decode(response) for name, response in responses.items()}, moved)
-
-
-def evaluate(
-    network: nn.Module, loader: Iterable, tasks: Mapping[str, Task], *, fabric: Fabric
-) -> dict[str, float]:
-    """The metrics of every task that the network has, over the whole set: {"miou": …, "abs_rel": …}."""
-    metrics = {name: task.metric().to(fabric.device) for name, task in tasks.items()}
-    used: set[str] = set()
-
-    def update(predictions: dict[str, Tensor], batch: dict[str, Any]) -> None:
-        for name, prediction in predictions.items():
-            metrics[name].update(prediction, batch[tasks[name].key])
-            used.add(name)
-
-    predict(network, loader, tasks, fabric=fabric, each=update)
-    return {key: float(v) for name in tasks if name in used for key, v in metrics[name].compute().items()}

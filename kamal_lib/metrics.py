@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from kamal_lib.sample import VOID, known_depth, known_normals
+from kamal_lib.sample import VOID, known_depth, known_labels, known_normals
 
 
 class SetMetric(Metric):
@@ -47,7 +47,11 @@ class SegmentationScores(SetMetric):
     def update(
         self, prediction: Int[Tensor, "batch height width"], target: Int[Tensor, "batch height width"]
     ) -> None:
-        """Adds class ids predicted and true; `VOID` in the target is not counted."""
+        """Adds class ids predicted and true; `VOID` in the target is not counted.
+
+        Raises ValueError for a true label that is neither a class nor `VOID`.
+        """
+        known_labels(target, self.classes)
         self.confusion += multiclass_confusion_matrix(
             prediction, target, self.classes, ignore_index=VOID, validate_args=False
         )
@@ -140,7 +144,8 @@ class NormalErrors(SetMetric):
     """Angles between predicted and true normals, over all pixels of known normal: mean, median, shares.
 
     The median is that of all pixels of the set, not a mean of medians: angles are counted in bins of 0.05
-    degrees, which several processes can add up, and the median is interpolated within its bin.
+    degrees, which several processes can add up, and the median is interpolated within its bin (of an even
+    number of angles, that of the lower middle one).
     """
 
     higher_is_better = False
@@ -159,10 +164,17 @@ class NormalErrors(SetMetric):
     ) -> None:
         """Adds normals predicted, of any length, and true; a target of 0 is not counted.
 
-        Raises ValueError for a truth that is neither 0 nor of length 1.
+        Raises ValueError for a prediction that is 0 or not finite, and for a truth that is neither 0 nor of
+        length 1.
         """
         valid = known_normals(target)
         a, b = (m.movedim(1, -1)[valid].double() for m in (prediction, target))
+        length = a.norm(dim=-1)
+        if not bool(((length > 0) & (length < torch.inf)).all()):
+            raise ValueError(
+                f"predicted normals must be finite and not 0, got lengths from {float(length.min())} to "
+                f"{float(length.max())}: 0 has no direction; leave such pixels out by a target of 0"
+            )
         # arccos of a rounded cosine is off by 0.02° near 0°
         angle = torch.rad2deg(torch.atan2(torch.linalg.cross(a, b).norm(dim=-1), (a * b).sum(-1)))
         shares = [(angle < t).double().sum() for t in self.thresholds]

@@ -8,7 +8,7 @@ the two. The spatial entries are `torchvision.tv_tensors`, so that the transform
 from typing import TypedDict
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -44,6 +44,18 @@ class Sample(TypedDict, total=False):
     normals: Normals
     boxes: tv_tensors.BoundingBoxes
     box_labels: Tensor
+
+
+def known_labels(labels: Int[Tensor, "*shape"], classes: int) -> Bool[Tensor, "*shape"]:
+    """Where labels are known (not `VOID`). Raises ValueError for one that is no class 0..classes-1 either."""
+    valid = labels != VOID
+    if bool((valid & ((labels < 0) | (labels >= classes))).any()):
+        seen = sorted(set(labels[valid].unique().tolist()) - set(range(classes)))
+        raise ValueError(
+            f"labels {seen} are outside 0..{classes - 1} and not {VOID} (void): "
+            f"the task has {classes} classes; was the data set opened with another number of classes?"
+        )
+    return valid
 
 
 def known_depth(depth: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
+from kamal_lib import sample
+from kamal_lib.data.loaders import collate
 from kamal_lib.data.targets import WithTargets
 from kamal_lib.distill.amalgamation import BlockObjective, branch_points
 from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import Architecture, build_network
-from kamal_lib.tasks import Depth, Segmentation
+from kamal_lib.tasks import Depth, Normals, Segmentation
 
 TINY = Architecture(widths=(4, 6), convs=(1, 1), pools=(True, True))
 TASKS = {"segmentation": Segmentation(("a", "b", "c")), "depth": Depth(bins=4, bin_length=0.5)}
@@ -255,6 +259,22 @@ def test_targets_hide_every_label_and_must_match_in_number():
     assert int(taught[1]["labels"].min()) == 7
     with pytest.raises(ValueError, match=r"3 images, but predictions for {'depth': 2}"):
         WithTargets(images, {"depth": torch.ones(2, 4, 4)})
+
+
+def test_targets_are_what_transforms_and_losses_take():
+    """Stored bytes become class ids, metres and normals become the types that a flip knows."""
+    normals = torch.nn.functional.normalize(torch.randn(2, 3, 4, 5), dim=1)
+    stored = {"labels": torch.full((2, 4, 5), 7, dtype=torch.uint8), "depth": torch.rand(2, 4, 5)}
+    taught = WithTargets(Images([{"image": torch.rand(3, 4, 5)}] * 2), stored | {"normals": normals})
+    kinds = {"labels": tv_tensors.Mask, "depth": sample.Depth, "normals": sample.Normals}
+    assert {key: type(taught[0][key]) for key in kinds} == kinds
+    assert taught[0]["labels"].dtype == torch.int64
+    flipped = v2.functional.horizontal_flip(taught[1]["normals"])
+    expected = normals[1].flip(-1) * torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
+    assert torch.equal(flipped.as_subclass(torch.Tensor), expected)
+    batch = collate([taught[0], taught[1]])
+    response = torch.randn(2, 3, 4, 5)
+    assert torch.equal(Normals().loss(response, batch["normals"]), Normals().loss(response, normals))
 
 
 def test_overfitting_one_batch():

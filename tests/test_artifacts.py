@@ -1,5 +1,6 @@
 """The store keeps what was trained, notices whatever changed, and never publishes half an entry."""
 
+import errno
 import hashlib
 import importlib
 import json
@@ -434,8 +435,9 @@ def test_an_exception_publishes_nothing_and_keeps_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAISE_AT_STEP", "3")
-    with pytest.raises(FloatingPointError, match="fell off"):
+    with pytest.raises(FloatingPointError, match="fell off") as caught:
         load_or_train(Walk(), tmp_path)
+    assert caught.value.__context__ is None  # that the store had no entry is no part of the story
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
     monkeypatch.delenv("RAISE_AT_STEP")
     load_or_train(Walk(), tmp_path)
@@ -457,6 +459,25 @@ def test_a_kill_while_the_entry_is_written_leaves_no_half_entry(
     load_or_train(Walk(), tmp_path)
     assert STEPS_TAKEN == [0, 1, 2, 3]
     assert list(tmp_path.glob(".*.new")) == []
+
+
+@pytest.mark.parametrize("killed_in", ["rmtree", "replace"])
+def test_a_kill_before_the_last_steps_leaves_nothing_over(
+    killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work's folder is removed, then the entry moved: what is complete is not trained again."""
+
+    def die(path: Path, *args: object, **options: object) -> None:
+        if path.suffix == (".work" if killed_in == "rmtree" else ".new"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((artifacts.shutil, "rmtree") if killed_in == "rmtree" else (Path, "replace")), die)
+        with pytest.raises(KeyboardInterrupt):
+            load_or_train(Fixed(), tmp_path)
+    made = silent(Fixed(), tmp_path)
+    assert made.weights()["count"] == torch.tensor(7)
+    assert [path.name for path in tmp_path.glob(".*") if path.suffix != ".lock"] == []
 
 
 @dataclass(frozen=True)
@@ -503,6 +524,32 @@ def test_a_store_that_cannot_be_made_says_where_and_what_to_do(tmp_path: Path) -
     assert str(store) in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
     assert STEPS_TAKEN == []
+
+
+@pytest.mark.parametrize("stored", ["nothing", "damaged"])
+def test_a_read_only_store_says_where_and_what_to_do(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever runs the tests may be root, whom no mode of a folder stops: the system calls refuse instead."""
+    if stored == "damaged":
+        truncate(load_or_train(Walk(), tmp_path).folder / "weights.safetensors")
+    taken, opened = len(STEPS_TAKEN), os.open
+
+    def refuse(path: Any, *others: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def read_only(path: Any, flags: int, *others: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            refuse(path)
+        return opened(path, flags, *others, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        for call in ("mkdir", "rename", "replace", "unlink"):
+            patch.setattr(os, call, refuse)
+        with pytest.raises(StoreError, match=r"cannot write in .*Read-only file system.*KAMAL_STORE"):
+            load_or_train(Walk(), tmp_path)
+    assert len(STEPS_TAKEN) == taken
 
 
 @dataclass(frozen=True)
@@ -560,6 +607,30 @@ def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "pyproject.toml").touch()
     assert default_store() == tmp_path.resolve() / "project" / "data" / "store"
+
+
+# Watching
+
+
+@dataclass(frozen=True)
+class Watched(Walk):
+    parent: Recipe | None = None
+
+    def train(self, work: Work) -> Result:
+        result = super().train(work)
+        if work.watch is not None:
+            work.watch(result.history)
+        return result
+
+
+def test_a_watch_reaches_the_recipe_asked_for_and_no_key(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    recipe = Watched(seed=2, parent=Watched(seed=1))
+    made = load_or_train(recipe, tmp_path, watch=seen.append)
+    assert seen == [made.history]
+    assert silent(recipe, tmp_path) == made
+    assert load_or_train(recipe, tmp_path, watch=seen.append) == made
+    assert len(seen) == 1
 
 
 # Checkpoints

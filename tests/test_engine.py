@@ -1,17 +1,21 @@
 """Training that can be killed, and what it refuses."""
 
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Dataset
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
+from kamal_lib.artifacts import StoreError
 from kamal_lib.data.loaders import loader
 from kamal_lib.engine import Schedule, evaluate, fast_precision, fit, make_fabric, mean_losses
 from kamal_lib.tasks import Depth, DirectObjective, Segmentation
@@ -21,10 +25,13 @@ SCHEDULE = Schedule(epochs=3, batch_size=4, learning_rate=0.01)
 
 
 class Toy(Dataset):
-    """Ten images whose class is their brightest channel."""
+    """Images whose class is their brightest channel."""
+
+    def __init__(self, count: int = 10):
+        self.count = count
 
     def __len__(self):
-        return 10
+        return self.count
 
     def __getitem__(self, index):
         image = torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(index))
@@ -56,6 +63,35 @@ def train(checkpoint: Path | None = None, *, stop_at: int | None = None, schedul
     return network, history
 
 
+class Evaluated(DirectObjective):
+    """In float64, and with norm layers in eval mode, whatever is asked: a batch's images do not meet."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network.double(), TASKS)
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    def forward(self, batch):
+        return super().forward(batch | {"image": batch["image"].double()})
+
+
+def gradients(objective: nn.Module, schedule: Schedule, *, images: int = 10, **options) -> list:
+    """{parameter: gradient} of every step of a fit, as the optimiser saw them."""
+    seen = []
+
+    def look(*_):
+        seen.append({name: p.grad.clone() for name, p in objective.named_parameters()})
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        batches = loader(Toy(images), batch_size=schedule.batch_size, shuffle=True, seed=5)
+        fit(objective, batches, schedule, fabric=make_fabric("cpu"), **options)
+    finally:
+        handle.remove()
+    return seen
+
+
 class Stop:
     """Ends the process without a word before the given step, as SIGKILL would."""
 
@@ -79,10 +115,14 @@ def test_training_learns_and_keeps_a_history():
     assert found["pixel_acc"] > 0.7
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 8])
-def test_killed_and_resumed_is_bit_for_bit(stop_at, tmp_path):
-    """Steps 3 and 6 end epochs; the others stop in the middle of one."""
-    code = f"import test_engine as t; t.train(t.Path('state.safetensors'), stop_at={stop_at})"
+@pytest.mark.parametrize(("stop_at", "accumulate"), [(1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (5, 2)])
+def test_killed_and_resumed_is_bit_for_bit(stop_at, accumulate, tmp_path):
+    """Batches 3 and 6 end epochs; the others stop in the middle of one, the last one of a step, too."""
+    code = (
+        f"import test_engine as t; t.torch.set_num_threads({torch.get_num_threads()}); "
+        f"t.train(t.Path('state.safetensors'), stop_at={stop_at}, "
+        f"schedule=t.replace(t.SCHEDULE, accumulate={accumulate}))"
+    )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     killed = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, check=False
@@ -91,8 +131,8 @@ def test_killed_and_resumed_is_bit_for_bit(stop_at, tmp_path):
     checkpoint = tmp_path / "state.safetensors"
     if stop_at > 1:
         assert any(name.startswith("optimizer.") for name in load_file(checkpoint))
-    resumed, history = train(checkpoint)
-    whole, expected = train()
+    resumed, history = train(checkpoint, schedule=replace(SCHEDULE, accumulate=accumulate))
+    whole, expected = train(schedule=replace(SCHEDULE, accumulate=accumulate))
     assert history == expected
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -121,6 +161,51 @@ def test_a_step_is_adamw_on_the_sum_of_all_losses_in_training_mode():
         optimizer.step()
     for name, value in expected.state_dict().items():
         assert torch.allclose(value, network.state_dict()[name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 2), (4, 3), (1, 4), (3, 5)])
+def test_accumulated_batches_are_one_batch_of_their_images(batch_size, accumulate):
+    """Ten images: the last batch and the last step of an epoch may have fewer."""
+    schedule = replace(SCHEDULE, batch_size=batch_size, accumulate=accumulate)
+    large = replace(SCHEDULE, batch_size=batch_size * accumulate)
+    some, one = Evaluated(Small()), Evaluated(Small())
+    found, expected = gradients(some, schedule), gradients(one, large)
+    assert len(found) == len(expected) == 3 * -(-10 // large.batch_size)
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        for name in a:
+            assert torch.allclose(a[name], b[name], rtol=1e-8, atol=1e-12), (step, name)
+    for name, value in one.state_dict().items():
+        assert torch.allclose(value, some.state_dict()[name], rtol=1e-6, atol=1e-8), name
+
+
+def test_clipped_gradients_are_those_of_torch_and_of_the_closed_form():
+    """In the first step gradients differ by nothing but clipping."""
+    plain = gradients(Evaluated(Small()), SCHEDULE)[0]
+    norm = torch.stack([value.square().sum() for value in plain.values()]).sum().sqrt()
+    short = gradients(Evaluated(Small()), replace(SCHEDULE, clip=0.5 * float(norm)))[0]
+    long = gradients(Evaluated(Small()), replace(SCHEDULE, clip=2 * float(norm)))[0]
+    parameters = [nn.Parameter(value.clone()) for value in plain.values()]
+    for parameter in parameters:
+        parameter.grad = parameter.detach().clone()
+    nn.utils.clip_grad_norm_(parameters, 0.5 * float(norm))
+    for (name, value), parameter in zip(plain.items(), parameters, strict=True):
+        assert torch.allclose(short[name], 0.5 * value, rtol=1e-5), name
+        assert torch.equal(short[name], parameter.grad), name
+        assert torch.equal(long[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"epochs": 0}, "epochs, batch_size and accumulate must be at least 1, got 0, 16 and 1"),
+        ({"accumulate": 0}, "epochs, batch_size and accumulate must be at least 1, got 1, 16 and 0"),
+        ({"clip": 0.0}, "clip must be a gradient norm above 0, or None for no clipping, got 0.0"),
+        ({"clip": float("nan")}, "clip must be .*, got nan"),
+    ],
+)
+def test_numbers_that_mean_no_training(numbers, words):
+    with pytest.raises(ValueError, match=words):
+        Schedule(**({"epochs": 1} | numbers))
 
 
 def test_poly_policy():
@@ -165,9 +250,166 @@ def test_a_loss_that_is_not_finite_stops_with_its_reason():
 
     batches = loader(Toy(), batch_size=4, shuffle=True, seed=5)
     with pytest.raises(
-        FloatingPointError, match=r"broken: the loss is not finite at step 0 of 9.*segmentation"
+        FloatingPointError, match=r"broken: the loss is not finite .*segmentation.*nan.* at step 0 of 9"
     ):
         fit(Broken(Small(), TASKS), batches, SCHEDULE, fabric=make_fabric("cpu"), title="broken")
+
+
+def test_a_gradient_that_is_not_finite_is_not_clipped():
+    class Steep(DirectObjective):
+        def forward(self, batch):
+            return {name: (loss - loss.detach()).sqrt() for name, loss in super().forward(batch).items()}
+
+    batches = loader(Toy(), batch_size=4, shuffle=True, seed=5)
+    with pytest.raises(
+        FloatingPointError, match=r"steep: the gradient is not finite .* at step 0 of 9; lower"
+    ):
+        fit(
+            Steep(Small(), TASKS),
+            batches,
+            replace(SCHEDULE, clip=1.0),
+            fabric=make_fabric("cpu"),
+            title="steep",
+        )
+
+
+def test_no_batch_no_training_no_score():
+    """Ten images in batches of twelve without the small rest; an empty set has no loader at all."""
+    none = loader(Toy(), batch_size=12, shuffle=True, seed=5, drop_last=True)
+    fabric, objective = make_fabric("cpu"), DirectObjective(Small(), TASKS)
+    with pytest.raises(ValueError, match="training: the loader has no batch: give it images"):
+        fit(objective, none, SCHEDULE, fabric=fabric)
+    with pytest.raises(ValueError, match="no batch, so there is no mean loss"):
+        mean_losses(objective, none, fabric=fabric)
+    with pytest.raises(ValueError, match="no batch, so there is nothing to predict"):
+        evaluate(objective.network, none, TASKS, fabric=fabric)
+    with pytest.raises(ValueError, match="expected an image for each of 1 processes, but got 0"):
+        loader(Toy(0), batch_size=4, shuffle=True, seed=5)
+
+
+class Deadly(Toy):
+    """Kills the worker process that loads image 7 in the second epoch, once."""
+
+    def __init__(self, flag: Path):
+        super().__init__()
+        self.flag, self.seen = flag, 0
+
+    def __getitem__(self, index):
+        self.seen += index == 7
+        if self.seen == 2 and get_worker_info() is not None and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_dead_worker_of_the_loader_is_named_and_the_training_goes_on(tmp_path):
+    checkpoint = tmp_path / "state.safetensors"
+
+    def run():
+        network = Small()
+        batches = loader(Deadly(tmp_path / "flag"), batch_size=4, shuffle=True, seed=5, workers=1)
+        schedule, fabric = replace(SCHEDULE, epochs=2), make_fabric("cpu")
+        fit(
+            DirectObjective(network, TASKS),
+            batches,
+            schedule,
+            fabric=fabric,
+            checkpoint=checkpoint,
+            save_every=0.0,
+            title="some training",
+        )
+        return network
+
+    with pytest.raises(RuntimeError, match=r"some training: a process .* is gone .DataLoader worker .pid"):
+        run()
+    assert checkpoint.exists()
+    whole, _ = train(schedule=replace(SCHEDULE, epochs=2))
+    resumed = run()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_connection_is_a_dead_worker_where_there_are_any(workers):
+    class Broken(DirectObjective):
+        def forward(self, batch):
+            raise EOFError("nobody at the other end")
+
+    batches = loader(Toy(), batch_size=4, shuffle=True, seed=5, workers=workers)
+    expected = RuntimeError if workers else EOFError
+    with pytest.raises(expected, match="nobody at the other end") as caught:
+        fit(Broken(Small(), TASKS), batches, SCHEDULE, fabric=make_fabric("cpu"))
+    assert ("a process that loads images is gone" in str(caught.value)) == (workers == 1)
+
+
+def test_a_full_disk_stops_the_training_and_leaves_its_checkpoint(tmp_path, monkeypatch):
+    checkpoint, written = tmp_path / "state.safetensors", Path.write_bytes
+
+    def full(self, content):
+        if len(list(tmp_path.iterdir())) == 0:
+            return written(self, content)
+        written(self, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(StoreError, match=r"cannot write in .*No space left on device.*KAMAL_STORE"):
+            train(checkpoint)
+    resumed, history = train(checkpoint)
+    whole, expected = train()
+    assert history == expected
+    assert torch.equal(resumed.head.weight, whole.head.weight)
+
+
+def test_a_watch_sees_every_epoch_and_disturbs_nothing(tmp_path):
+    seen, modes = [], []
+
+    def look(history):
+        seen.append([dict(row) for row in history])
+        evaluate(network, batches, TASKS, fabric=fabric)
+        assert not network.training
+
+    network, fabric = Small(), make_fabric("cpu")
+    network.head.register_forward_pre_hook(lambda *_: modes.append(network.training))
+    batches = loader(Toy(), batch_size=4, shuffle=False, seed=0)
+    images = loader(Toy(), batch_size=4, shuffle=True, seed=5)
+    history = fit(DirectObjective(network, TASKS), images, SCHEDULE, fabric=fabric, watch=look)
+    assert seen == [history[:1], history[:2], history]
+    assert modes == ([True] * 3 + [False] * 3) * 3
+    alone, expected = train()
+    assert history == expected
+    for name, value in alone.state_dict().items():
+        assert torch.equal(value, network.state_dict()[name]), name
+
+
+def test_an_error_in_a_watch_loses_nothing(tmp_path):
+    def look(history):
+        if len(history) == 2:
+            raise OSError("no window")
+
+    def run(watch, **options):
+        network = Small()
+        options |= {"checkpoint": tmp_path / "state.safetensors", "watch": watch}
+        images = loader(Toy(), batch_size=4, shuffle=True, seed=5)
+        history = fit(DirectObjective(network, TASKS), images, SCHEDULE, fabric=make_fabric("cpu"), **options)
+        return network, history
+
+    with pytest.raises(OSError, match="no window"):
+        run(look, save_every=1e9)
+    rows: list = []
+    network, history = run(lambda history: rows.append(len(history)))
+    assert rows == [3]
+    alone, expected = train()
+    assert history == expected
+    assert torch.equal(network.head.weight, alone.head.weight)
+
+
+def test_a_loader_that_was_left_midway_is_begun_again():
+    batches = loader(Toy(), batch_size=4, shuffle=True, seed=5)
+    batches.sampler.seek(1, 2)
+    network = Small()
+    history = fit(DirectObjective(network, TASKS), batches, SCHEDULE, fabric=make_fabric("cpu"))
+    assert history == train()[1]
 
 
 def test_mean_losses_weigh_every_image_the_same():

@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OURS = {"kamal_lib", "", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
 ASKED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
 
 
@@ -36,7 +37,7 @@ def test_everything_imported_is_asked_for(folder: str, asked: list[str]):
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = {each.name for node in nodes if isinstance(node, ast.Import) for each in node.names}
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"kamal_lib", ""}
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - OURS
     providers = importlib.metadata.packages_distributions()
     declared = {canonicalize_name(Requirement(each).name) for each in asked}
     assert [m for m in sorted(modules) if not declared & set(map(canonicalize_name, providers[m]))] == []

@@ -1,4 +1,4 @@
-"""Eqs. 1 to 3 of Ye et al. and the metrics, against closed forms and slow loops."""
+"""Eqs. 1 to 4 of Ye et al. and the tasks, against closed forms and slow loops."""
 
 import math
 
@@ -6,12 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchmetrics.functional.segmentation import mean_iou
 
-from kamal_lib.losses.dense import cross_entropy, depth_loss, expected_depth
-from kamal_lib.metrics import DepthErrors, SegmentationScores
+from kamal_lib.losses.dense import cross_entropy, depth_loss, expected_depth, normal_loss, unit_normals
 from kamal_lib.sample import VOID
-from kamal_lib.tasks import Depth, DirectObjective, Segmentation, task_losses
+from kamal_lib.tasks import Depth, DirectObjective, Normals, Segmentation, task_losses
 
 
 def noise(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -60,6 +58,15 @@ def test_an_image_without_labels_costs_nothing():
     assert float(response.grad.abs().sum()) == 0
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_cross_entropy_in_half_precision_is_computed_in_float32(half):
+    response, labels = 8 * noise(2, 40, 6, 7).to(half), torch.arange(84).view(2, 6, 7) % 40
+    loss = cross_entropy(response, labels)
+    assert loss.dtype == torch.float32
+    exact = torch.nn.functional.cross_entropy(response.double(), labels)
+    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
+
+
 # --- Eq. 2 --------------------------------------------------------------------------------------------------
 
 
@@ -73,6 +80,16 @@ def test_expected_depth_of_one_sure_bin():
 def test_expected_depth_of_a_uniform_response():
     depth = expected_depth(torch.zeros(1, 40, 1, 1), bin_length=0.25)
     assert float(depth) == pytest.approx(0.25 * 41 / 2)
+
+
+def test_a_depth_task_has_40_bins_of_a_quarter_metre():
+    """Ten metres, the range of NYUDv2, unless one asks for others."""
+    task = Depth()
+    assert task.channels == 40
+    assert float(task.decode(torch.zeros(1, 40, 1, 1))) == pytest.approx(0.25 * 41 / 2)
+    sure = torch.full((1, 40, 1, 1), -1e4)
+    sure[0, 39] = 1e4
+    assert float(task.decode(sure)) == pytest.approx(10)
 
 
 def test_expected_depth_by_loops():
@@ -125,6 +142,13 @@ def test_few_valid_pixels_weigh_as_much_as_many():
     assert float(depth_loss(depth, target)) == pytest.approx((1 / 2 + 9 / 2) / 2)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_a_target_that_is_no_depth(wrong):
+    target = torch.tensor([[[1.0, 0.0, wrong]]])
+    with pytest.raises(ValueError, match=rf"metres from 0 \(unknown\) on, got 1 of 3 values such as {wrong}"):
+        depth_loss(torch.ones(1, 1, 3), target)
+
+
 def test_gradients_in_float64():
     response = noise(2, 4, 2, 3, dtype=torch.float64).requires_grad_()
     target = noise(2, 2, 3, seed=1, dtype=torch.float64).abs()
@@ -134,64 +158,103 @@ def test_gradients_in_float64():
     assert torch.autograd.gradcheck(lambda r: cross_entropy(r, labels), response)
 
 
-# --- metrics ------------------------------------------------------------------------------------------------
+# --- Eq. 4 --------------------------------------------------------------------------------------------------
 
 
-def test_miou_by_hand():
-    truth = torch.tensor([[[0, 0, 1], [1, 1, VOID], [2, 2, 2]]])
-    guess = torch.tensor([[[0, 1, 1], [1, 0, 0], [2, 2, 3]]])
-    scores = SegmentationScores(4)
-    scores.update(guess, truth)
-    found = scores.compute()
-    # class 0: 1 hit, union 3; class 1: 2 hits, union 4; class 2: 2 hits, union 3; class 3 is never true
-    assert float(found["miou"]) == pytest.approx((1 / 3 + 2 / 4 + 2 / 3) / 3)
-    assert float(found["pixel_acc"]) == pytest.approx(5 / 8)
+def units(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    """Unit vectors along axis 1."""
+    return torch.nn.functional.normalize(noise(*shape, seed=seed, dtype=dtype), dim=1)
 
 
-def test_a_class_that_is_only_predicted_is_left_out():
-    scores = SegmentationScores(3)
-    scores.update(torch.tensor([[[0, 0, 0, 2, 1, 1]]]), torch.tensor([[[0, 0, 0, 0, 1, 1]]]))
-    assert float(scores.compute()["miou"]) == pytest.approx((3 / 4 + 1) / 2)
+def test_normal_loss_as_printed():
+    """−(1/N) Σ M · M^gt by loops: per image over its known pixels, then over the images that have any."""
+    response, target = noise(3, 3, 2, 3), units(3, 3, 2, 3, seed=1)
+    target[0, :, 0, 1:] = 0
+    target[1] = 0
+    images = []
+    for r, t in zip(response.tolist(), target.tolist(), strict=True):
+        cosines = []
+        for i in range(2):
+            for j in range(3):
+                m, truth = ([v[axis][i][j] for axis in range(3)] for v in (r, t))
+                if any(truth):
+                    dot = sum(a * b for a, b in zip(m, truth, strict=True))
+                    cosines.append(dot / math.sqrt(sum(a * a for a in m)))
+        if cosines:
+            images.append(-sum(cosines) / len(cosines))
+    assert len(images) == 2
+    assert float(normal_loss(unit_normals(response), target)) == pytest.approx(sum(images) / 2, rel=1e-5)
+    assert float(Normals().loss(response, target)) == pytest.approx(sum(images) / 2, rel=1e-5)
 
 
-def test_one_matrix_for_the_set_whatever_the_batches():
-    g = torch.Generator().manual_seed(0)
-    truth, guess = (torch.randint(0, 5, (7, 6, 6), generator=g) for _ in range(2))
-    whole, parts, per_image = SegmentationScores(5), SegmentationScores(5), []
-    whole.update(guess, truth)
-    for i, j in [(0, 1), (1, 5), (5, 7)]:
-        parts.update(guess[i:j], truth[i:j])
-    for i in range(7):
-        one = SegmentationScores(5)
-        one.update(guess[i : i + 1], truth[i : i + 1])
-        per_image.append(float(one.compute()["miou"]))
-    assert float(whole.compute()["miou"]) == float(parts.compute()["miou"])
-    assert float(whole.compute()["miou"]) != pytest.approx(sum(per_image) / 7, abs=1e-3)
-    # an independent count over the set laid out as one image
-    flat = mean_iou(guess.view(1, -1), truth.view(1, -1), num_classes=5, input_format="index")
-    assert float(whole.compute()["miou"]) == pytest.approx(float(flat), rel=1e-6)
+def test_normal_loss_by_hand():
+    """Cosines 1, 0 and a pixel that is unknown; then −1 in an image of its own, which counts as much."""
+    left, towards, unknown = (-1.0, 0.0, 0.0), (0.0, 0.0, -1.0), (0.0, 0.0, 0.0)
+    guess = torch.tensor([[left, left, left], [left, left, left]]).mT[:, :, None]
+    truth = torch.tensor([[left, towards, unknown], [(1.0, 0.0, 0.0), unknown, unknown]]).mT[:, :, None]
+    assert float(normal_loss(guess, truth)) == pytest.approx((-(1 + 0) / 2 + 1) / 2)
 
 
-def test_depth_errors_by_hand():
-    errors = DepthErrors()
-    errors.update(torch.tensor([[[1.1, 4.0, 7.0]]]), torch.tensor([[[1.0, 2.0, 0.0]]]))
-    errors.update(torch.tensor([[[2.6]]]), torch.tensor([[[2.0]]]))
-    found = {name: float(value) for name, value in errors.compute().items()}
-    assert found["abs_rel"] == pytest.approx((0.1 + 1.0 + 0.3) / 3, rel=1e-6)
-    assert found["sqr_rel"] == pytest.approx((0.01 + 2.0 + 0.18) / 3, rel=1e-6)
-    assert found["delta1"] == pytest.approx(1 / 3)  # ratios 1.1, 2, 1.3 against 1.25, 1.5625, 1.953125
-    assert found["delta2"] == pytest.approx(2 / 3)
-    assert found["delta3"] == pytest.approx(2 / 3)
+def test_normal_loss_at_best_and_at_worst():
+    target = units(2, 3, 4, 5)
+    assert float(Normals().loss(3 * target, target)) == pytest.approx(-1)
+    assert float(Normals().loss(-3 * target, target)) == pytest.approx(1)
 
 
-def test_depth_errors_weigh_pixels_not_images():
-    """A batch of one pixel counts one pixel; the smaller of the two depths may be either."""
-    errors = DepthErrors()
-    errors.update(torch.full((1, 3, 3), 1.0), torch.full((1, 3, 3), 2.0))
-    errors.update(torch.tensor([[[2.0]]]), torch.tensor([[[2.0]]]))
-    found = errors.compute()
-    assert float(found["abs_rel"]) == pytest.approx(0.5 * 9 / 10)
-    assert float(found["delta3"]) == pytest.approx(1 / 10)
+@given(st.floats(1e-3, 1e3))
+def test_the_length_of_a_response_does_not_count(scale):
+    response, target = noise(2, 3, 4, 5, dtype=torch.float64), units(2, 3, 4, 5, seed=1, dtype=torch.float64)
+    once, scaled = (Normals().loss(r, target) for r in (response, scale * response))
+    assert float(scaled) == pytest.approx(float(once), abs=1e-6)
+
+
+def test_unit_normals_have_length_1_and_a_response_of_0_stays_0():
+    response = noise(1, 3, 2, 2)
+    response[0, :, 1, 1] = 0
+    response.requires_grad_()
+    found = Normals().decode(response)
+    lengths = found.detach().norm(dim=1)[0]
+    assert torch.allclose(lengths, torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    expected = response.detach() / response.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
+    assert torch.allclose(found.detach(), expected, atol=1e-6)
+    Normals().loss(response, units(1, 3, 2, 2, seed=1)).backward()
+    assert response.grad.isfinite().all()
+
+
+def test_normals_in_half_precision_are_computed_in_float32():
+    response, target = noise(1, 3, 4, 5).bfloat16(), units(1, 3, 4, 5, seed=1)
+    assert Normals().decode(response).dtype == torch.float32
+    assert torch.equal(Normals().decode(response), unit_normals(response.float()))
+    coarse = unit_normals(response).bfloat16()
+    assert torch.equal(normal_loss(coarse, target), normal_loss(coarse.float(), target))
+
+
+def test_an_image_without_normals_costs_nothing():
+    response = noise(1, 3, 2, 2).requires_grad_()
+    loss = Normals().loss(response, torch.zeros(1, 3, 2, 2))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert float(response.grad.abs().sum()) == 0
+
+
+def test_gradients_of_eq_4():
+    response = noise(2, 3, 2, 3, dtype=torch.float64).requires_grad_()
+    target = units(2, 3, 2, 3, seed=1, dtype=torch.float64)
+    target[0, :, 0, 0] = 0
+    assert torch.autograd.gradcheck(lambda r: normal_loss(unit_normals(r), target), response)
+
+
+@pytest.mark.parametrize("length", [0.5, 0.98, 1.02, 2.0, math.nan, math.inf])
+def test_a_target_that_is_not_of_length_1(length):
+    target = torch.zeros(1, 3, 1, 3)
+    target[0, 2, 0, 0], target[0, 2, 0, 1] = -1, -length
+    with pytest.raises(ValueError, match=rf"length 1.* got 1 pixels with lengths like {length:.3g}:"):
+        normal_loss(units(1, 3, 1, 3), target)
+
+
+def test_a_target_of_nearly_length_1_is_taken():
+    target = units(1, 3, 4, 5)
+    assert float(normal_loss(target, 1.005 * target)) == pytest.approx(-1.005, rel=1e-5)
 
 
 # --- tasks --------------------------------------------------------------------------------------------------
@@ -203,6 +266,12 @@ def test_a_prediction_is_its_own_best_depth_target():
     task, response = TASKS["depth"], noise(2, 4, 3, 3)
     assert float(task.loss(response, task.decode(response))) == 0
     assert float(task.loss(response, task.decode(response) + 1)) == pytest.approx(0.5)
+
+
+def test_a_prediction_is_its_own_best_normal_target():
+    task, response = Normals(), noise(2, 3, 3, 3)
+    assert task.channels == 3
+    assert float(task.loss(response, task.decode(response))) == pytest.approx(-1)
 
 
 def test_a_prediction_as_target_costs_minus_log_max_p():

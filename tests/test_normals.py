@@ -118,9 +118,10 @@ def test_thin_things_are_unknown() -> None:
     assert (normals[2, 10:-10, 10:30] < -0.99).all()
 
 
-def test_holes_are_unknown_and_do_not_disturb() -> None:
-    truth = unit(0.3, 0.5, -1)
-    depth = plane(truth, 2.0).float()
+@pytest.mark.parametrize("metres", [0.1, 1.0, 2.0])
+def test_holes_are_unknown_and_do_not_disturb(metres: float) -> None:
+    truth = unit(0.03, 0.05, -1)
+    depth = plane(truth, metres).float()
     depth[20:30, 30:50] = 0
     depth[45, 10] = 0
     error = angles(estimate(depth), truth)

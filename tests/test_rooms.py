@@ -220,6 +220,60 @@ def test_unlabelled_means_unlabelled(tmp_path):
         assert stored.files == ["image"]
 
 
+def test_annotation_of_unlabelled_rooms_is_opened_only_where_asked(tmp_path):
+    """The same images with the annotation that the scene gives; what was closed stays closed, on disk too."""
+    closed, opened, again = (
+        Rooms("unlabelled", 3, **SMALL, annotated=annotated, folder=tmp_path, progress=quiet)
+        for annotated in (False, True, None)
+    )
+    for i in range(3):
+        expected = render(sample_scene(room_seed(0, "unlabelled", i)), 12, 16)
+        assert set(closed[i]) == set(again[i]) == {"image"}
+        assert set(opened[i]) == {"image", "labels", "depth", "normals", "boxes", "box_labels"}
+        for key in ("labels", "depth", "normals", "boxes", "box_labels"):
+            np.testing.assert_array_equal(opened[i][key].numpy(), expected[key])
+        assert torch.equal(opened[i]["image"], closed[i]["image"])
+        assert torch.equal(again[i]["image"], closed[i]["image"])
+    files = {file.name.startswith("unlabelled-annotated-"): file for file in tmp_path.rglob("*.npz")}
+    assert len(list(tmp_path.rglob("*.npz"))) == 2  # None opened the file of False
+    with np.load(files[False]) as stored:
+        assert stored.files == ["image"]
+    with np.load(files[True]) as stored:
+        assert {"labels", "depth", "normals"} <= set(stored.files)
+
+
+@pytest.mark.parametrize("split", ["labelled", "validation", "test"])
+def test_a_labelled_room_may_be_had_without_annotation(split, tmp_path):
+    bare, usual, asked, again = (
+        Rooms(split, 1, **SMALL, annotated=annotated, folder=tmp_path, progress=quiet)
+        for annotated in (False, None, True, False)
+    )
+    assert set(bare[0]) == set(again[0]) == {"image"}
+    assert "labels" in usual[0]
+    assert torch.equal(bare[0]["image"], usual[0]["image"])
+    assert contents(usual) == contents(asked)
+
+
+def test_rooms_alone_are_flipped_with_their_normals(tmp_path):
+    """Nobody has imported the transforms: the data set itself teaches v2 how depth and normals move."""
+    Rooms("test", 1, **SMALL, folder=tmp_path, progress=quiet)
+    code = """
+import sys
+from torchvision.transforms import v2
+from kamal_lib.data.synthetic import Rooms
+
+sample = Rooms("test", 1, height=12, width=16, supersample=1, folder=sys.argv[1])[0]
+flipped = v2.RandomHorizontalFlip(1.0)(sample)
+normals = sample["normals"].flip(-1)
+normals[0] *= -1
+assert sample["normals"].any() and (flipped["normals"] == normals).all()
+assert (flipped["depth"] == sample["depth"].flip(-1)).all()
+assert type(flipped["normals"]) is type(sample["normals"])
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_splits_and_worlds_are_disjoint(tmp_path):
     last = 999_999
     seeds = [room_seed(world, split, i) for world in (0, 1, 999) for split in SPLITS for i in (0, 1, last)]
@@ -394,3 +448,17 @@ if __name__ == "__main__":
     rooms = [json.dumps(describe(*room)) for room in ROOMS]
     lines = ",\n  ".join(rooms)
     MANIFEST.write_text(f'{{"numpy": "{np.__version__}", "rooms": [\n  {lines}\n]}}\n')
+
+
+def test_what_a_kill_left_long_ago_is_removed(tmp_path):
+    """A half-written shard of an hour ago goes; one of a moment ago may be another process at work."""
+    rooms = {"height": 6, "width": 8, "folder": tmp_path, "workers": 1}
+    Rooms("test", 1, **rooms)
+    (place,) = tmp_path.iterdir()
+    old, new = place / ".old.part", place / ".new.part"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 4000,) * 2)
+    Rooms("validation", 1, **rooms)
+    assert not old.exists()
+    assert new.exists()

@@ -191,12 +191,39 @@ def test_operations_without_a_rule_are_refused(operation: v2.Transform, key: str
         operation({"image": sample["image"], key: sample[key]})
 
 
-def test_torchvision_moves_masks_by_no_operation_unknown_here() -> None:
-    """A geometric operation that a new torchvision adds must get a rule or a refusal."""
-    for functional, kernels in v2_registry._KERNEL_REGISTRY.items():
-        moves = tv_tensors.Mask in kernels or functional.__name__ in ("five_crop", "ten_crop")
-        if moves and functional.__name__ not in ("get_size", "to_dtype"):
-            assert {Depth, Normals} <= kernels.keys(), functional.__name__
+def test_torchvision_has_no_geometric_operation_unknown_here() -> None:
+    """What moves masks, boxes or key points moves pixels: each has a rule or a refusal, new ones too."""
+    moved = {tv_tensors.Mask, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints}
+    geometric = {
+        functional.__name__
+        for functional, kernels in v2_registry._KERNEL_REGISTRY.items()
+        if moved & kernels.keys() or functional.__name__ in ("five_crop", "ten_crop")
+    } - {"get_size", "to_dtype"}
+    assert {"horizontal_flip", "rotate", "resize", "elastic", "perspective"} <= geometric
+    known = {
+        functional.__name__
+        for functional, kernels in v2_registry._KERNEL_REGISTRY.items()
+        if {Depth, Normals} <= kernels.keys()
+    }
+    assert known == geometric
+    spelt_out = {  # the same by the names of the kernels that torchvision exports
+        name.removesuffix(kind)
+        for name in dir(v2.functional)
+        for kind in ("_mask", "_keypoints", "_bounding_boxes")
+        if name.endswith(kind) and not name.startswith(("get_size", "sanitize", "clamp", "convert"))
+    }
+    assert spelt_out <= known
+
+
+def test_a_flip_turns_normals_sideways_and_keeps_metres() -> None:
+    normals = Normals(torch.tensor([[[0.6, 0.0]], [[0.0, 0.8]], [[-0.8, -0.6]]]))
+    for flipped in (v2.functional.horizontal_flip(normals), v2.functional.hflip(normals)):
+        assert isinstance(flipped, Normals)
+        assert flipped.tolist() == torch.tensor([[[0, -0.6]], [[0.8, 0]], [[-0.6, -0.8]]]).tolist()
+    assert normals[0, 0, 0] == torch.tensor(0.6)  # what was given stays as it was
+    depth = v2.functional.horizontal_flip(Depth(torch.tensor([[1.0, 2.0, 0.0]])))
+    assert isinstance(depth, Depth)
+    assert depth.tolist() == [[0, 2, 1]]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def normals_from_depth(
     best, source = torch.full_like(depth, torch.inf), pixel
     for down in (0, -reach, reach):
         for right in (0, -reach, reach):
-            # no window crosses the border, so none comes in again on the other side
+            # no window that counts crosses the border, so none comes in again on the other side
             moved, *plane = fits.roll((down, right), (1, 2))
             off = (inverse - plane[0] - right * plane[1] - down * plane[2]).abs() / plane[0]
             # below half of the tolerance all are equal, and the first, around the pixel itself, is taken: a
@@ -74,7 +74,7 @@ def normals_from_depth(
     normals = torch.stack([focal[0] * along_x, focal[1] * along_y, mean - x * along_x - y * along_y])
     normals *= -normals.square().sum(0).clamp_min(1e-30).rsqrt()
     chosen = normals.flatten(1)[:, source.flatten()].view(3, *depth.shape)
-    return torch.where(known & (best <= tolerance), chosen, 0).float().as_subclass(Normals)
+    return torch.where(best <= tolerance, chosen, 0).float().as_subclass(Normals)
 
 
 def _fit(inverse: Tensor, smoothing: float, reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

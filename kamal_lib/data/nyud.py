@@ -47,7 +47,8 @@ BORDER = (44, 471, 40, 601)
 """Top, bottom, left, right (exclusive) of the picture inside its white border, at 640×480."""
 
 FOCAL, CENTRE = (518.858, 519.470), (325.582, 253.736)
-"""The camera along x and y, pixels at 640×480 (`camera_params.m` of the official toolbox)."""
+"""The camera along x and y, pixels at 640×480 (`camera_params.m` of the official toolbox, as it stands: its
+pixels count from 1, which shifts normals by about 0.1 degrees)."""
 
 
 class NYUDv2(VisionDataset):

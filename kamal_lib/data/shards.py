@@ -14,11 +14,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,6 +70,10 @@ def render_shard(job: Job) -> None:
         arrays["box_counts"] = np.array([len(room["boxes"]) for room in rooms])
     path = Path(job.path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".*.part"):  # of a run that was killed; nobody writes at one for an hour
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with part.open("wb") as file:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+import kamal_lib.data.transforms  # noqa: F401  else v2 flips the image, and leaves depth and normals
 from kamal_lib.data.shards import SHARD, Job, fingerprint, read_shard, render_shards
 from kamal_lib.sample import Depth, Normals, Sample
 
@@ -70,9 +71,9 @@ class Rooms(Dataset[Sample]):
             raise ValueError(f"expected height, width and supersample of at least 1, got {sizes}")
         seed = room_seed(world, split, 0)
         place = Path(folder) / f"rooms-{height}x{width}-s{supersample}-w{world}-{fingerprint()[:12]}"
-        closed = split == "unlabelled"
-        annotated = not closed if annotated is None else annotated
-        kind = f"{split}-annotated" if closed and annotated else split
+        usual = split != "unlabelled"
+        annotated = usual if annotated is None else annotated
+        kind = split if annotated == usual else f"{split}-{'annotated' if annotated else 'images'}"
         jobs = []
         for first in range(0, count, SHARD):
             rooms = min(SHARD, count - first)

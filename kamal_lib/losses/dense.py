@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kamal_lib.sample import VOID, known_depth, known_normals
+from kamal_lib.sample import VOID, known_depth, known_labels, known_normals
 
 
 def image_mean(
@@ -39,14 +39,7 @@ def cross_entropy(
     `labels` hold class ids, or `VOID`. The term λR(θ) is the optimiser's weight decay. Raises ValueError
     for a label that is neither a class nor `VOID`.
     """
-    classes = response.shape[1]
-    valid = labels != VOID
-    if bool((valid & ((labels < 0) | (labels >= classes))).any()):
-        seen = sorted(set(labels[valid].unique().tolist()) - set(range(classes)))
-        raise ValueError(
-            f"labels {seen} are outside 0..{classes - 1} and not {VOID} (void): "
-            f"the network has {classes} classes; was the data set opened with another number of classes?"
-        )
+    valid = known_labels(labels, response.shape[1])
     pixel = F.cross_entropy(at_least_float32(response), labels.long(), ignore_index=VOID, reduction="none")
     return batch_mean(*image_mean(pixel, valid))
 

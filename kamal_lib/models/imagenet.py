@@ -1,5 +1,7 @@
 """ImageNet weights for the VGG16 encoder, through torchvision's weights API."""
 
+from pickle import UnpicklingError
+
 import torch
 from torch import Tensor
 from torchvision.models import VGG16_BN_Weights
@@ -16,7 +18,7 @@ def encoder_state() -> dict[str, Tensor]:
     weights = VGG16_BN_Weights.IMAGENET1K_V1
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network, or a damaged file
         raise RuntimeError(
             f"the ImageNet weights of VGG16 with batch norm cannot be had ({error}). Put the file "
             f"{weights.url} into {torch.hub.get_dir()}/checkpoints, or start from random weights"

@@ -5,7 +5,7 @@ student's blocks 1..N, the TargetNet. `load(recipe)` returns its network from th
 where the store has none. Without Jupyter: `python -m kamal_lib.recipes target_net --profile quick`.
 """
 
-from kamal_lib.artifacts import Artifact, Recipe, default_store, load_or_train
+from kamal_lib.artifacts import Artifact, Recipe, Watch, default_store, load_or_train
 from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent, StudentBlock
 from kamal_lib.recipes.data import NYUv2Data, RoomsData, batches, scores, tasks_of
 from kamal_lib.recipes.label_curve import label_curve
@@ -35,12 +35,15 @@ __all__ = [
 ]
 
 
-def trained(recipe: Recipe) -> Artifact:
-    """The recipe's artefact (weights, metrics, history) from the default store, trained first if need be."""
-    return load_or_train(recipe, default_store())
+def trained(recipe: Recipe, *, watch: Watch | None = None) -> Artifact:
+    """The recipe's artefact (weights, metrics, history) from the default store, trained first if need be.
+
+    `watch(history)` is called after each epoch of its training, not of that of its parents.
+    """
+    return load_or_train(recipe, default_store(), watch=watch)
 
 
-def load(recipe):
+def load(recipe, *, watch: Watch | None = None):
     """The recipe's network in eval mode (for a block: student and codings), trained first if need be."""
-    artifact = trained(recipe)
+    artifact = trained(recipe, watch=watch)
     return recipe.build(artifact.weights(), artifact.metrics)

@@ -1,7 +1,8 @@
-"""`python -m kamal_lib.recipes STAGE`: training without Jupyter, in resumable pieces."""
+"""`python -m kamal_lib.recipes STAGE`: training without Jupyter, in resumable pieces; or `torchrun -m`."""
 
 import argparse
 
+from kamal_lib.processes import processes
 from kamal_lib.recipes import PROFILES, ImageScores, label_curve, task_teachers, trained, whole_game
 
 
@@ -15,12 +16,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="random", choices=["random", "imagenet"])
     options = parser.parse_args(arguments)
+    first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}
         if options.stage == "label_curve":
             for teacher in label_curve(options.profile, **run):
                 trained(ImageScores(teacher))  # of the teacher, which is trained first
-                print(teacher.name(), teacher.labels or "usual", "labels", trained(teacher).metrics["test"])
+                found = trained(teacher).metrics["test"]
+                if first:
+                    print(teacher.name(), teacher.labels or "usual", "labels", found)
             return
         if options.stage == "teachers":
             recipes = [*task_teachers(options.profile, **run, start=options.start).values()]
@@ -28,7 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
             game = whole_game(options.profile, **run, start=options.start)
             recipes = game.blocks if options.stage == "blocks" else (game.target_net,)
         for recipe in recipes:
-            print(recipe.name(), trained(recipe).metrics)
+            found = trained(recipe).metrics
+            if first:
+                print(recipe.name(), found)
     except (ValueError, OSError, RuntimeError) as error:  # what a user can mend: the message is enough
         parser.exit(1, f"{parser.prog}: {error}\n")
 

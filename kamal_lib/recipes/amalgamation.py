@@ -159,6 +159,7 @@ class StudentBlock(Recipe):
             fabric=fabric,
             checkpoint=work.folder / "training.safetensors",
             title=self.name(),
+            watch=work.watch,
         )
         held_out = mean_losses(
             objective, batches(plan.taught("validation", work), plan.blocks), fabric=fabric
@@ -209,6 +210,7 @@ class BranchedStudent(Recipe):
             fabric=make_fabric(plan.fine_tuning.device, precision=plan.fine_tuning.precision),
             checkpoint=work.folder / "training.safetensors",
             title=self.name(),
+            watch=work.watch,
         )
         found = scores(target_net, plan.data, plan.fine_tuning)
         return Result(target_net.state_dict(), {"branch_points": points, **found}, history)

@@ -12,7 +12,7 @@ from kamal_lib.data.loaders import Preloaded, loader
 from kamal_lib.data.nyud import CLASSES_13, NYUDv2
 from kamal_lib.data.synthetic import Rooms
 from kamal_lib.data.transforms import eval_transform
-from kamal_lib.engine import Schedule, evaluate, make_fabric
+from kamal_lib.engine import Schedule, evaluate, make_fabric, share
 from kamal_lib.tasks import Depth, Normals, Segmentation, Task
 
 
@@ -114,8 +114,20 @@ def tasks_of(data: Data) -> dict[str, Task]:
 def batches(
     dataset: Dataset, schedule: Schedule, *, seed: int = 0, shuffle: bool = False, transform=None
 ) -> DataLoader:
-    """`dataset` in batches of the schedule's size."""
-    return loader(dataset, batch_size=schedule.batch_size, shuffle=shuffle, seed=seed, transform=transform)
+    """`dataset` in batches of the schedule's size; under `torchrun` this process's share of them if shuffled.
+
+    In order (evaluation, predictions) every process goes through the whole set.
+    """
+    mine = share(schedule) if shuffle else {"batch_size": schedule.batch_size, "num_replicas": 1, "rank": 0}
+    return loader(
+        dataset,
+        batch_size=mine["batch_size"],
+        num_replicas=mine["num_replicas"],
+        rank=mine["rank"],
+        shuffle=shuffle,
+        seed=seed,
+        transform=transform,
+    )
 
 
 def scores(network: nn.Module, data: Data, schedule: Schedule) -> dict[str, dict[str, float]]:

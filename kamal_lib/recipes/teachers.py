@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kamal_lib.data
 import kamal_lib.losses
-from kamal_lib import engine, metrics, sample, tasks
+from kamal_lib import devices, engine, evaluation, metrics, sample, tasks
 from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.transforms import train_transform
 from kamal_lib.engine import Schedule, fit, make_fabric, predict
@@ -26,7 +26,7 @@ from kamal_lib.tasks import DirectObjective
 
 SOURCES: tuple[ModuleType, ...] = (
     *(kamal_lib.data, kamal_lib.losses, blocks, encoder_decoder, imagenet),
-    *(engine, metrics, sample, tasks, data, sys.modules[__name__]),
+    *(engine, devices, evaluation, metrics, sample, tasks, data, sys.modules[__name__]),
 )
 """What a teacher depends on: a change of any of it makes stored teachers out of date."""
 
@@ -115,6 +115,7 @@ class TaskTeacher(Recipe):
             fabric=fabric,
             checkpoint=work.folder / "training.safetensors",
             title=self.name(),
+            watch=work.watch,
         )
         return Result(network.state_dict(), scores(network, self.data, self.schedule), history)
 

@@ -1,12 +1,13 @@
 """Widgets for live notebooks, each with a static twin for readers without a kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ipywidgets
 from IPython.display import display
+from torch import Tensor
 
 from kamal_lib.sample import Sample
-from kamal_lib.viz.panels import Picture, grid, scene_panel
+from kamal_lib.viz.panels import Picture, grid, prediction_panels, scene_panel
 
 VIEWS = ("image", "labels", "depth", "normals", "boxes")
 
@@ -42,3 +43,36 @@ def scene_browser(samples: Sequence[Sample], class_names: Sequence[str]) -> ipyw
     picture = ipywidgets.interactive_output(show, {"scene": scene, "view": view})
     picture.layout.height = "480px"
     return ipywidgets.VBox([ipywidgets.HBox([scene, view]), picture])
+
+
+def draw_prediction(
+    sample: Sample, teacher: str, key: str, guess: Tensor, class_names: Sequence[str] = ()
+) -> Picture:
+    """Image, truth, a teacher's prediction of `key` and its error: what `teacher_browser` shows.
+
+    Raises ValueError as `prediction_panels`.
+    """
+    return prediction_panels([sample], key, {teacher: guess[None]}, class_names)
+
+
+def teacher_browser(
+    samples: Sequence[Sample], guesses: Mapping[str, tuple[str, Tensor]], class_names: Sequence[str] = ()
+) -> ipywidgets.Widget:
+    """A slider over samples, a choice of teacher, and image, truth, prediction and error side by side.
+
+    guesses  {teacher: (entry of the sample that it predicts, one map a sample)}, computed beforehand
+    Raises ValueError unless each teacher has one map a sample, and there is at least one of both.
+    """
+    counts = {teacher: len(maps) for teacher, (_, maps) in guesses.items()}
+    if not samples or set(counts.values()) != {len(samples)}:
+        raise ValueError(f"{len(samples)} samples need as many predictions of every teacher, got {counts}")
+
+    def show(image: int, teacher: str) -> None:
+        key, maps = guesses[teacher]
+        display(draw_prediction(samples[image], teacher, key, maps[image], class_names))
+
+    image = ipywidgets.IntSlider(0, 0, len(samples) - 1, description="image", continuous_update=False)
+    teacher = ipywidgets.Dropdown(options=list(guesses), description="teacher")
+    picture = ipywidgets.interactive_output(show, {"image": image, "teacher": teacher})
+    picture.layout.height = "300px"
+    return ipywidgets.VBox([ipywidgets.HBox([image, teacher]), picture])
