@@ -278,20 +278,21 @@ def test_targets_are_what_transforms_and_losses_take():
 
 
 def test_overfitting_one_batch():
-    """The loss falls most of the way to its floor: what the teachers' responses cost themselves."""
+    """Forty steps bring the losses well below those of the teachers' own responses, where depth costs 0."""
     objective, _, teachers, batch = setting(3)
-    own = {task: t(batch["image"])[task] for task, t in teachers.items()}
-    floor = float(TASKS["segmentation"].loss(own["segmentation"], batch["labels"]).detach())
+    response = teachers["segmentation"](batch["image"])["segmentation"]
+    own = float(TASKS["segmentation"].loss(response, batch["labels"]).detach())
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
     objective.train()
     totals = []
-    for _ in range(150):
+    for _ in range(40):
         total = torch.stack(list(objective(batch).values())).sum()
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         totals.append(float(total.detach()))
-    assert totals[-1] - floor < 0.5 * (totals[0] - floor)
+    assert totals[0] > own
+    assert own - totals[-1] > 5 * (totals[0] - own)
 
 
 def test_a_copy_learns_the_same():

@@ -9,7 +9,8 @@ tensor types of our own, `Depth` and `Normals`:
 - colour operations leave both alone.
 
 Every other geometric operation is refused: by itself v2 would hand depth and normals through unmoved, and
-say nothing. A zoom has its own rule, see `RandomScaleCrop`.
+say nothing. (v2's AutoAugment family knows masks and boxes, which it refuses, but not these two types: do
+not use it.) A zoom has its own rule, see `RandomScaleCrop`.
 """
 
 import hashlib
