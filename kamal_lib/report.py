@@ -217,7 +217,8 @@ def _closest(name: str, known: Mapping[str, Any]) -> str:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        return list(value) if isinstance(value, tuple) else value  # papermill would make a tuple a string
     except (ValueError, SyntaxError):
         return text  # -p profile=quick needs no quotes
 
@@ -246,13 +247,19 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in ("data", "data_root", "profile", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
+    if wrong := [each for each in options.p if "=" not in each]:
+        parser.error(f"-p wants NAME=VALUE, got {wrong[0]!r}")
     given |= {name: _literal(value) for name, _, value in (each.partition("=") for each in options.p)}
     if options.in_place and given:
         parser.error("--in-place takes no parameters: the committed outputs are those of the notebooks' own")
     if options.data == "nyuv2" and options.data_root is None:
         parser.error("--data nyuv2 needs --data-root PATH (make: DATA_ROOT=PATH)")
-    if options.data_root is not None and not Path(options.data_root).is_dir():
-        parser.error(f"--data-root {options.data_root} is no folder (make: DATA_ROOT=PATH)")
+    if options.data_root is not None and not Path(options.data_root).exists():
+        parser.error(
+            f"--data-root {options.data_root} is neither a folder nor a .mat file (make: DATA_ROOT=PATH)"
+        )
+    if options.study and options.lessons:
+        parser.error(f"--study runs a study alone: leave {' '.join(options.lessons)} out, or the study")
     if options.in_place:
         os.environ["KAMAL_PROFILE"] = "quick"
     os.environ["KAMAL_QUIET"] = "1"  # progress bars would be saved frozen at 0 %
@@ -269,8 +276,13 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
             failed = _report(notebooks, options.out, given, in_place=options.in_place)
     except Timeout:
         failed = [f"another report is being written to {options.out}: wait for it, or give another --out"]
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         failed = [str(error)]
+    except OSError as error:
+        failed = [f"{error} (the report goes to {options.out}: is there room, and may you write?)"]
+    except KeyboardInterrupt:
+        print("report: stopped; run it again, and what was trained is not trained again", file=sys.stderr)
+        return 130
     for message in failed:
         print(f"report: {message}", file=sys.stderr)
     return int(bool(failed))

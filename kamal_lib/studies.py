@@ -56,11 +56,15 @@ def record(
 ) -> Path:
     """Puts a data set's section into the study's file, in the place of the one before; returns its path.
 
-    The earlier section's `attempts` are kept in front of the new one's: no run is forgotten.
+    A section gives way only to one that has all of its runs: a trial with fewer seeds goes into a file of its
+    own, NAME.<profile>.trial.json. The earlier section's `attempts` are kept in front of the new one's.
     """
     path = folder / f"{study}.{profile}.json"
     found = committed(study, profile, folder=folder) if path.is_file() else {"data": {}}
-    before = found["data"].get(data, {}).get("attempts", [])
+    old, new_runs = found["data"].get(data, {}), {run["config"] for run in section["runs"]}
+    if {run["config"] for run in old.get("runs", [])} - new_runs:
+        path, found, old = path.with_suffix(".trial.json"), {"data": {}}, {}
+    before = old.get("attempts", [])
     new = {**section, "attempts": [*before, *section.get("attempts", [])]}
     content = {"study": study, "profile": profile, "data": {**found["data"], data: new}}
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bs4 import BeautifulSoup
 from filelock import FileLock
+from jinja2 import Template
 from nbformat import v4
 
 from kamal_lib import report
@@ -91,7 +92,9 @@ def stdout(out: Path, name: str) -> str:
         (["--profile", "fast"], "invalid choice: 'fast'"),
         (["--data", "kitti"], "invalid choice: 'kitti'"),
         (["--data", "nyuv2"], "--data nyuv2 needs --data-root PATH"),
-        (["--data-root", "no/such/place"], "is no folder (make: DATA_ROOT=PATH)"),
+        (["--data-root", "no/such/place"], "is neither a folder nor a .mat file (make: DATA_ROOT=PATH)"),
+        (["-p", "seed"], "-p wants NAME=VALUE, got 'seed'"),
+        (["00", "--study", "teachers"], "--study runs a study alone: leave 00 out"),
     ],
 )
 def test_wrong_options_leave_the_last_report_alone(
@@ -121,6 +124,24 @@ def test_results_keep_their_order_and_reach_json_and_index(good: Path):
     index = "".join((good / "index.html").read_text().split())
     assert "teacher</th><td>0.1235</td><td>7</td>" in index
     assert "Images:200" in index
+
+
+def test_rows_with_other_columns_keep_all_their_values():
+    """Each task of the workbook has metrics of its own."""
+    results = {"Scores": {"SegNet": {"miou": 0.5}, "DepthNet": {"abs_rel": 0.125}}}
+    runs = {"00": {"error": None, "seconds": 1, "slowest_cells": {}, "parameters": {}, "results": results}}
+    page = Template(report.INDEX.read_text(encoding="utf-8"), autoescape=True).render(
+        environment={}, notebooks=runs, figures={"00": []}
+    )
+    cells = [
+        cell.get_text() for cell in BeautifulSoup(page, "html.parser").find("table").find_all(["th", "td"])
+    ]
+    assert cells == ["", "miou", "abs_rel", "SegNet", "0.5", "", "DepthNet", "", "0.125"]
+
+
+def test_a_tuple_reaches_the_notebook_as_a_list():
+    assert report._literal("(1, 2)") == [1, 2]
+    assert report._literal("quick") == "quick"
 
 
 def test_figure_is_embedded_with_its_alt_text(good: Path):

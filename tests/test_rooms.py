@@ -462,3 +462,14 @@ def test_what_a_kill_left_long_ago_is_removed(tmp_path):
     Rooms("validation", 1, **rooms)
     assert not old.exists()
     assert new.exists()
+
+
+def test_a_store_that_cannot_be_written_says_which_and_what_to_do(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match=r"cannot write rooms to .*No space left.*KAMAL_STORE"):
+        Rooms("test", 1, height=6, width=8, folder=tmp_path, workers=1)
+    assert not list(tmp_path.rglob("*.npz"))
+    assert not list(tmp_path.rglob("*.part"))

@@ -29,16 +29,27 @@ def test_a_hash_is_that_of_what_was_asked_not_of_the_machine():
 
 
 def test_sections_are_merged_and_attempts_kept(tmp_path):
-    record("s", "quick", "rooms", {"runs": [1], "attempts": ["first"]}, folder=tmp_path)
-    record("s", "quick", "nyuv2", {"runs": [2], "attempts": ["other"]}, folder=tmp_path)
-    record("s", "quick", "rooms", {"runs": [3], "attempts": ["second"]}, folder=tmp_path)
+    one, two = {"config": "1"}, {"config": "2"}
+    record("s", "quick", "rooms", {"runs": [one], "attempts": ["first"]}, folder=tmp_path)
+    record("s", "quick", "nyuv2", {"runs": [two], "attempts": ["other"]}, folder=tmp_path)
+    record("s", "quick", "rooms", {"runs": [one, two], "attempts": ["second"]}, folder=tmp_path)
     found = committed("s", "quick", folder=tmp_path)
-    assert found["data"]["rooms"] == {"runs": [3], "attempts": ["first", "second"]}
-    assert found["data"]["nyuv2"]["runs"] == [2]
+    assert found["data"]["rooms"] == {"runs": [one, two], "attempts": ["first", "second"]}
+    assert found["data"]["nyuv2"]["runs"] == [two]
     assert [path.name for path in tmp_path.iterdir()] == ["s.quick.json"]
     with pytest.raises(ValueError, match="nan"):  # a result that is no number is not written
-        record("s", "quick", "rooms", {"runs": [float("nan")]}, folder=tmp_path)
+        record("s", "quick", "rooms", {"runs": [one, two], "mean": float("nan")}, folder=tmp_path)
     assert committed("s", "quick", folder=tmp_path) == found
+
+
+def test_a_trial_does_not_replace_a_larger_run(tmp_path):
+    one, two = {"config": "1"}, {"config": "2"}
+    whole = record("s", "quick", "rooms", {"runs": [one, two]}, folder=tmp_path)
+    before = whole.read_bytes()
+    trial = record("s", "quick", "rooms", {"runs": [two]}, folder=tmp_path)
+    assert trial.name == "s.quick.trial.json"
+    assert json.loads(trial.read_text("utf-8"))["data"]["rooms"]["runs"] == [two]
+    assert whole.read_bytes() == before
 
 
 def test_missing_results_say_what_there_is_and_how_to_make_them(tmp_path):

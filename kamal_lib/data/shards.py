@@ -69,6 +69,17 @@ def render_shard(job: Job) -> None:
         arrays |= {key: np.concatenate([room[key] for room in rooms]) for key in ("boxes", "box_labels")}
         arrays["box_counts"] = np.array([len(room["boxes"]) for room in rooms])
     path = Path(job.path)
+    try:
+        _put(path, arrays)
+    except OSError as error:
+        raise OSError(
+            f"cannot write rooms to {path.parent}: {error}. Make room there, or set the environment variable "
+            "KAMAL_STORE to a folder that can be written"
+        ) from error
+
+
+def _put(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a shard beside its place and moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(".*.part"):  # of a run that was killed; nobody writes at one for an hour
         with suppress(OSError):

@@ -2,6 +2,7 @@
 
 import argparse
 
+from kamal_lib.engine import make_fabric
 from kamal_lib.processes import processes
 from kamal_lib.recipes import PROFILES, ImageScores, label_curve, task_teachers, trained, whole_game
 
@@ -16,9 +17,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="random", choices=["random", "imagenet"])
     options = parser.parse_args(arguments)
+    if options.stage == "label_curve" and options.start != "random":
+        parser.error("the study's rule starts all teachers at random: leave --start out for label_curve")
     first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}
+        make_fabric(task_teachers(options.profile, **run)["depth"].schedule.device)  # no GPU: said first
         if options.stage == "label_curve":
             for teacher in label_curve(options.profile, **run):
                 trained(ImageScores(teacher))  # of the teacher, which is trained first
@@ -37,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(recipe.name(), found)
     except (ValueError, OSError, RuntimeError) as error:  # what a user can mend: the message is enough
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped; run it again, and it goes on from its last checkpoint\n")
 
 
 if __name__ == "__main__":

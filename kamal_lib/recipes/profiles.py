@@ -117,7 +117,9 @@ def task_teachers(
         schedules = p.rooms_schedules
     elif data == "nyuv2":
         if data_root is None:
-            raise ValueError("data 'nyuv2' needs data_root, the folder that holds image/, seg40/ and depth/")
+            raise ValueError(
+                "data 'nyuv2' needs data_root: the folder that holds image/, seg40/ and depth/, or the .mat"
+            )
         source = NYUv2Data(data_root, p.nyuv2_size, world=seed)
         schedules = p.nyuv2_schedules
     else:
