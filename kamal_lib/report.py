@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
             failed = _report(notebooks, options.out, given, in_place=options.in_place)
     except Timeout:
         failed = [f"another report is being written to {options.out}: wait for it, or give another --out"]
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:  # which say by themselves what is missing
         failed = [str(error)]
     except OSError as error:
         failed = [f"{error} (the report goes to {options.out}: is there room, and may you write?)"]

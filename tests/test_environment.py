@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from kamal_lib.report import FOR_KERNELS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -62,3 +65,9 @@ def test_installed_versions_are_the_tested_ones():
             other.append(f"{asked.name} {installed}")
     if other:
         pytest.skip(f"within the bounds, but not the tested versions: {', '.join(other)}")
+
+
+def test_make_and_the_report_give_kernels_the_same_environment():
+    """Who has no make runs the report alone; the numbers stand in both."""
+    lines = re.findall(r"^export (\w+) := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert dict(lines) == FOR_KERNELS

@@ -81,10 +81,6 @@ def render_shard(job: Job) -> None:
 def _put(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes a shard beside its place and moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(".*.part"):  # of a run that was killed; nobody writes at one for an hour
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with part.open("wb") as file:
@@ -111,6 +107,11 @@ def render_shards(jobs: Sequence[Job], workers: int) -> None:
 
     Raises RuntimeError with the worker's own message if one fails.
     """
+    for folder in {Path(job.path).parent for job in jobs}:
+        for left in folder.glob(".*.part"):  # of a run that was killed; nobody writes at one for an hour
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
     workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:

@@ -1,6 +1,6 @@
 """Widgets for live notebooks, each with a static twin for readers without a kernel."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
 from IPython.display import display
@@ -35,14 +35,10 @@ def scene_browser(samples: Sequence[Sample], class_names: Sequence[str]) -> ipyw
     known = [depth[depth > 0] for depth in depths if (depth > 0).any()]
     depth_range = (min(d.min().item() for d in known), max(d.max().item() for d in known)) if known else None
 
-    def show(scene: int, view: str) -> None:
-        display(draw(samples[scene], view, class_names, depth_range=depth_range))
+    def show(index: int, choice: str) -> None:
+        display(draw(samples[index], choice, class_names, depth_range=depth_range))
 
-    scene = ipywidgets.IntSlider(0, 0, len(samples) - 1, description="scene", continuous_update=False)
-    view = ipywidgets.Dropdown(options=views, description="show")
-    picture = ipywidgets.interactive_output(show, {"scene": scene, "view": view})
-    picture.layout.height = "480px"
-    return ipywidgets.VBox([ipywidgets.HBox([scene, view]), picture])
+    return _browser(show, len(samples), views, words=("scene", "show"), height="480px")
 
 
 def draw_prediction(
@@ -67,12 +63,24 @@ def teacher_browser(
     if not samples or set(counts.values()) != {len(samples)}:
         raise ValueError(f"{len(samples)} samples need as many predictions of every teacher, got {counts}")
 
-    def show(image: int, teacher: str) -> None:
-        key, maps = guesses[teacher]
-        display(draw_prediction(samples[image], teacher, key, maps[image], class_names))
+    def show(index: int, choice: str) -> None:
+        key, maps = guesses[choice]
+        display(draw_prediction(samples[index], choice, key, maps[index], class_names))
 
-    image = ipywidgets.IntSlider(0, 0, len(samples) - 1, description="image", continuous_update=False)
-    teacher = ipywidgets.Dropdown(options=list(guesses), description="teacher")
-    picture = ipywidgets.interactive_output(show, {"image": image, "teacher": teacher})
-    picture.layout.height = "300px"
-    return ipywidgets.VBox([ipywidgets.HBox([image, teacher]), picture])
+    return _browser(show, len(samples), list(guesses), words=("image", "teacher"), height="300px")
+
+
+def _browser(
+    show: Callable[[int, str], None],
+    count: int,
+    options: Sequence[str],
+    *,
+    words: tuple[str, str],
+    height: str,
+) -> ipywidgets.Widget:
+    """A slider over `count` things, a menu of `options`, and below what `show(index, choice)` displays."""
+    index = ipywidgets.IntSlider(0, 0, count - 1, description=words[0], continuous_update=False)
+    choice = ipywidgets.Dropdown(options=options, description=words[1])
+    picture = ipywidgets.interactive_output(show, {"index": index, "choice": choice})
+    picture.layout.height = height
+    return ipywidgets.VBox([ipywidgets.HBox([index, choice]), picture])
