@@ -226,3 +226,17 @@ def resampled(
     """
     totals = {name: torch.tensordot(times.to(rows.dtype), rows, dims=1) for name, rows in states.items()}
     return {name: float(value) for name, value in metric.scores(totals).items()}
+
+
+def inherited_errors(
+    student: Int[Tensor, "batch height width"],
+    teacher: Int[Tensor, "batch height width"],
+    target: Int[Tensor, "batch height width"],
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """(pixels where the student makes its teacher's mistake, pixels where it is wrong), of each image.
+
+    The same mistake is the same wrong class. Two networks that learned apart share mistakes, too: compare
+    with one of them.
+    """
+    wrong = known_labels(target, VOID) & (student != target)
+    return (wrong & (student == teacher)).sum((1, 2)), wrong.sum((1, 2))

@@ -10,7 +10,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from kamal_lib.losses.dense import cross_entropy, depth_loss, expected_depth, normal_loss, unit_normals
+from kamal_lib.losses.dense import (
+    at_least_float32,
+    cross_entropy,
+    depth_loss,
+    expected_depth,
+    normal_loss,
+    unit_normals,
+)
+from kamal_lib.losses.distillation import soft_target_loss
 from kamal_lib.metrics import DepthErrors, NormalErrors, SegmentationScores, SetMetric
 
 
@@ -50,6 +58,23 @@ class Segmentation:
     def metric(self) -> SetMetric:
         """mIoU and pixel accuracy of a whole set."""
         return SegmentationScores(self.channels)
+
+
+class SoftSegmentation(Segmentation):
+    """Scene parsing whose target is the teacher's whole distribution over the classes; KL at temperature 1.
+
+    The paper teaches with one-hot S; this is the option beside it. Measured it is as `Segmentation`.
+    """
+
+    key = "probabilities"
+
+    def decode(self, response: Tensor) -> Tensor:
+        """Probabilities, batch × classes × height × width."""
+        return at_least_float32(response).softmax(dim=1)
+
+    def loss(self, response: Tensor, target: Tensor) -> Tensor:
+        """KL(teacher ‖ student) in nats."""
+        return soft_target_loss(response, target)
 
 
 @dataclass(frozen=True)
@@ -104,7 +129,11 @@ def task_losses(
     batch: Mapping[str, Any],
     weights: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """{task: λ_task · loss} of every response. Raises KeyError where the batch has no target for a task."""
+    """{task: λ_task · loss} of every response.
+
+    Raises KeyError where the batch has no target for a task, ValueError for a response with the channels of
+    another task or of other classes.
+    """
     losses = {}
     for name, response in responses.items():
         task = tasks[name]
@@ -112,6 +141,11 @@ def task_losses(
             raise KeyError(
                 f"the {name} loss needs {task.key!r} in every sample, got {sorted(batch)}: "
                 f"unlabelled images must first be given their teachers' predictions"
+            )
+        if response.shape[1] != task.channels:
+            raise ValueError(
+                f"the {name} network answers in {response.shape[1]} channels, its task has {task.channels}: "
+                f"was it trained for other classes or bins?"
             )
         losses[name] = weights.get(name, 1.0) * task.loss(response, batch[task.key])
     return losses

@@ -9,15 +9,21 @@ from torchvision import tv_tensors
 
 from kamal_lib.sample import Depth, Normals, Sample
 
-WRAPPERS = {"labels": lambda t: tv_tensors.Mask(t.long()), "depth": Depth, "normals": Normals}
+WRAPPERS = {
+    "labels": lambda t: tv_tensors.Mask(t.long()),
+    "probabilities": lambda t: tv_tensors.Mask(t.float()),
+    "depth": Depth,
+    "normals": Normals,
+}
 
 
 class WithTargets(Dataset[Sample]):
     """The images of `images`, and nothing else of theirs, with `targets[key][i]` as the target of image i.
 
-    `targets` maps a sample's key ("labels": N×H×W class ids, "depth": N×H×W metres, "normals":
-    N×3×H×W) to the stored predictions. Whatever the data set knows of its images beside the pixels is left
-    out, so no label can slip in. Raises ValueError where the numbers of images and predictions differ.
+    `targets` maps a sample's key ("labels": N×H×W class ids, "probabilities": N×classes×H×W, "depth":
+    N×H×W metres, "normals": N×3×H×W) to the stored predictions. Whatever the data set knows of its images
+    beside the pixels is left out, so no label can slip in. Raises ValueError where the numbers of images and
+    predictions differ.
     """
 
     def __init__(self, images: Dataset[Sample], targets: Mapping[str, Tensor]):

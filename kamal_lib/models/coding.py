@@ -13,14 +13,20 @@ class ChannelCoding(nn.Module):
     max(channels / reduction, 16) units, which gives 962,560 weights for two tasks at all ten blocks of the
     VGG16 networks: 3.3 %, the paper's "less than 4 %". W2 starts at zero, so a fresh gate is gain / 2
     everywhere: half closed as printed (gain 1), exactly open with gain 2.
+
+    With `mix` a 1×1 convolution without bias follows the gates, at first the identity: gates alone cannot
+    turn a channel of the student into another one of the teacher. The paper has none.
     """
 
-    def __init__(self, channels: int, *, reduction: int = 4, gain: float = 1.0):
+    def __init__(self, channels: int, *, reduction: int = 4, gain: float = 1.0, mix: bool = False):
         super().__init__()
         hidden = max(channels // reduction, 16)
         self.squeeze = nn.Linear(channels, hidden, bias=False)
         self.expand = nn.Linear(hidden, channels, bias=False)
         nn.init.zeros_(self.expand.weight)
+        self.mix = nn.Conv2d(channels, channels, 1, bias=False) if mix else nn.Identity()
+        if isinstance(self.mix, nn.Conv2d):
+            nn.init.dirac_(self.mix.weight)
         self.gain = gain
 
     def gates(
@@ -34,4 +40,5 @@ class ChannelCoding(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        return self.gates(features) * features
+        """F_ut, the student's features in the teacher's domain."""
+        return self.mix(self.gates(features) * features)

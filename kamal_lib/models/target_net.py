@@ -59,6 +59,21 @@ class TargetNet(nn.Module):
     def _branches(self) -> list[tuple[str, Branch]]:
         return list(self.branches.items())  # pyright: ignore[reportReturnType]
 
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`. Raises ValueError for the weights of a network with other branch points."""
+        given: dict[str, set[int]] = {}
+        for name in weights:
+            kind, task, part, *rest = [*name.split("."), "", ""]
+            if kind == "branches":
+                given.setdefault(task, set()).update([int(rest[0])] if part == "blocks" else [])
+        ours = {task: len(branch.blocks) for task, branch in self._branches()}
+        if (theirs := {task: len(blocks) for task, blocks in given.items()}) != ours:
+            raise ValueError(
+                f"these weights have {theirs} blocks in their branches, this network {ours}: build it with "
+                f"the branch points that the weights were trained with (they stand in the metrics)"
+            )
+        self.load_state_dict(dict(weights))
+
     def forward_to(self, image: Float[Tensor, "batch 3 height width"], n: int) -> Activation:
         """The trunk's F^n. Raises ValueError for n outside 0..first branch point, where the tasks part."""
         check_block(n, min(self.branch_points.values()))

@@ -7,20 +7,26 @@ where the store has none. Without Jupyter: `python -m kamal_lib.recipes target_n
 
 from kamal_lib.artifacts import Artifact, Recipe, Watch, default_store, load_or_train
 from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent, StudentBlock
+from kamal_lib.recipes.baselines import MultiHead, SelfDistilled
 from kamal_lib.recipes.data import NYUv2Data, RoomsData, batches, scores, tasks_of
 from kamal_lib.recipes.label_curve import label_curve
 from kamal_lib.recipes.profiles import PROFILES, WholeGame, task_teachers, whole_game
-from kamal_lib.recipes.teachers import CommonStart, ImageScores, Predictions, TaskTeacher
+from kamal_lib.recipes.teachers import CommonStart, ImageScores, Inherited, Predictions, TaskTeacher
+from kamal_lib.recipes.two_teachers import GROUPS, two_teachers
 
 __all__ = [
+    "GROUPS",
     "PROFILES",
     "Amalgamation",
     "BranchedStudent",
     "CommonStart",
     "ImageScores",
+    "Inherited",
+    "MultiHead",
     "NYUv2Data",
     "Predictions",
     "RoomsData",
+    "SelfDistilled",
     "StudentBlock",
     "TaskTeacher",
     "WholeGame",
@@ -31,6 +37,7 @@ __all__ = [
     "task_teachers",
     "tasks_of",
     "trained",
+    "two_teachers",
     "whole_game",
 ]
 

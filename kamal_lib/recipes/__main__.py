@@ -4,21 +4,33 @@ import argparse
 
 from kamal_lib.engine import make_fabric
 from kamal_lib.processes import processes
-from kamal_lib.recipes import PROFILES, ImageScores, label_curve, task_teachers, trained, whole_game
+from kamal_lib.recipes import (
+    GROUPS,
+    PROFILES,
+    ImageScores,
+    label_curve,
+    task_teachers,
+    trained,
+    two_teachers,
+    whole_game,
+)
+
+STAGES = ("teachers", "blocks", "target_net", "label_curve", "two_teachers")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains one stage of a run, and what it needs, in resumable pieces; prints its metrics."""
     parser = argparse.ArgumentParser(prog="python -m kamal_lib.recipes", description=main.__doc__)
-    parser.add_argument("stage", choices=["teachers", "blocks", "target_net", "label_curve"])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--rows", choices=list(GROUPS), default="core", help="of the stage two_teachers")
     parser.add_argument("--profile", choices=list(PROFILES))
     parser.add_argument("--data", default="rooms", choices=["rooms", "nyuv2"])
     parser.add_argument("--data-root")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="random", choices=["random", "imagenet"])
     options = parser.parse_args(arguments)
-    if options.stage == "label_curve" and options.start != "random":
-        parser.error("the study's rule starts all teachers at random: leave --start out for label_curve")
+    if options.stage in ("label_curve", "two_teachers") and options.start != "random":
+        parser.error(f"the study's rule starts all teachers at random: leave --start out for {options.stage}")
     first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}
@@ -29,6 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
                 found = trained(teacher).metrics["test"]
                 if first:
                     print(teacher.name(), teacher.labels or "usual", "labels", found)
+            return
+        if options.stage == "two_teachers":
+            for row, networks in two_teachers(options.rows, options.profile, **run).items():
+                for network in networks:
+                    trained(ImageScores(network))  # of the network, which is trained first
+                    if first:
+                        print(row, trained(network).metrics["validation"])
             return
         if options.stage == "teachers":
             recipes = [*task_teachers(options.profile, **run, start=options.start).values()]

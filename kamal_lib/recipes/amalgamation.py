@@ -10,22 +10,23 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.targets import WithTargets
 from kamal_lib.distill import amalgamation
-from kamal_lib.distill.amalgamation import BlockObjective, branch_points
+from kamal_lib.distill.amalgamation import BlockObjective, FeatureObjective, branch_points
 from kamal_lib.engine import Schedule, fit, make_fabric, mean_losses
 from kamal_lib.models import coding, target_net
 from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import EncoderDecoder, build_network
 from kamal_lib.models.target_net import TargetNet, branch_out
 from kamal_lib.recipes import teachers as teachers_module
-from kamal_lib.recipes.data import Data, batches, scores, tasks_of
-from kamal_lib.recipes.teachers import Predictions, TaskTeacher
-from kamal_lib.tasks import DirectObjective
+from kamal_lib.recipes.data import Data, batches, scores
+from kamal_lib.recipes.teachers import Predictions, TaskTeacher, student_tasks
+from kamal_lib.tasks import DirectObjective, Task
 
 SOURCES: tuple[ModuleType, ...] = (
     *(*teachers_module.SOURCES, amalgamation, coding, target_net),
@@ -36,49 +37,92 @@ SOURCES: tuple[ModuleType, ...] = (
 
 @dataclass(frozen=True)
 class Amalgamation:
-    """What all stages of one student share. `start` is "common" or the task of the teacher to start from.
+    """How blocks 1..N of one student are trained; what the paper leaves open or decides against is an option.
 
-    The paper starts from ImageNet weights; starting from the segmentation teacher is the workbook's default.
-    With `train_prefix`, Eq. 7 reads losses and codings of earlier blocks that have since moved on.
-
-    `weights` are the λ_t of Eq. 6, one (task, λ) pair a task, fixed for all blocks.
+    * `weights`: the λ_t of Eq. 6, one (task, λ) pair a task, fixed for all blocks.
+    * `start`: of the student; "common" with its teachers, the task of the teacher to copy, or "unrelated", a
+      random draw of its own. (The paper: ImageNet weights.)
+    * `gain`, `mix`: of the codings, see `ChannelCoding`.
+    * `train_prefix`: blocks 1..n learn at step n; Eq. 7 then reads losses and codings of earlier blocks that
+      have since moved on.
+    * `loss`: "predictions" (Eq. 6) or "features" (Eq. 5); Eq. 7 reads losses of Eq. 6 in either case.
+    * `switches`: "student", or the "teacher"'s own in the rest of the teacher, which no test image has.
+    * `soft`: the segmentation teacher's probabilities as targets instead of its arg max.
+    * `decoder_only`: the encoder stays as it started.
+    * `placebo`: every image is given the predictions of another one.
     """
 
     teachers: tuple[TaskTeacher, ...]
     weights: tuple[tuple[str, float], ...]
     blocks: Schedule
-    fine_tuning: Schedule
     start: str = "segmentation"
     gain: float = 1.0
     train_prefix: bool = False
     seed: int = 0
+    loss: str = "predictions"
+    switches: str = "student"
+    mix: bool = False
+    soft: bool = False
+    decoder_only: bool = False
+    placebo: bool = False
 
     def __post_init__(self):
-        named = dict(self.weights)
-        if set(named) != {t.task for t in self.teachers} or min(named.values(), default=0) <= 0:
+        named, tasks = dict(self.weights), [t.task for t in self.teachers]
+        if set(named) != set(tasks) or min(named.values(), default=0) <= 0:
             raise ValueError(
-                f"weights must give each task of the teachers, {[t.task for t in self.teachers]}, one λ > 0, "
-                f"got {self.weights}"
+                f"weights must give each task of the teachers, {tasks}, one λ > 0, got {self.weights}"
             )
+        choices = {
+            "start": (self.start, ("common", "unrelated", *tasks)),
+            "loss": (self.loss, ("predictions", "features")),
+            "switches": (self.switches, ("student", "teacher")),
+        }
+        for option, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
 
     @property
     def data(self) -> Data:
         """The data of the teachers, whose unlabelled part the student learns from."""
         return self.teachers[0].data
 
+    @property
+    def first_block(self) -> int:
+        """1, or the decoder's first."""
+        return self.teachers[0].start.architecture.blocks // 2 + 1 if self.decoder_only else 1
+
+    def tasks(self) -> dict[str, Task]:
+        """The tasks as the student is taught them."""
+        return student_tasks(self.data, soft=self.soft)
+
     def fresh(self) -> tuple[EncoderDecoder, dict[str, list[ChannelCoding]]]:
-        """A student without head and, for each task, one coding a block."""
-        student = build_network(self.teachers[0].start.architecture, {}, seed=self.teachers[0].start.seed)
+        """A student without head, its start still to be given, and, for each task, one coding a block."""
+        first = self.teachers[0].start
+        other = 10**6 if self.start == "unrelated" else 0  # another draw than that of any run's teachers
+        student = build_network(first.architecture, {}, seed=first.seed + other)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             codings = {
-                t.task: [ChannelCoding(c, gain=self.gain) for c in student.channels] for t in self.teachers
+                t.task: [ChannelCoding(c, gain=self.gain, mix=self.mix) for c in student.channels]
+                for t in self.teachers
             }
+        return student, codings
+
+    def started(self, work: Work) -> tuple[EncoderDecoder, dict[str, list[ChannelCoding]]]:
+        """Step 1 of section 5.1: student and codings before any training."""
+        student, codings = self.fresh()
+        if self.start == "common":
+            student.blocks.load_state_dict(work.load(self.teachers[0].start).weights())
+        elif self.start != "unrelated":
+            student.blocks.load_state_dict(self.networks(work)[self.start].blocks.state_dict())
         return student, codings
 
     def taught(self, part: str, work: Work) -> Dataset:
         """The part's images with all teachers' predictions as targets."""
-        targets = {k: v for t in self.teachers for k, v in work.load(Predictions(t, part)).weights().items()}
+        of_part = (p for p in self.predictions() if p.part == part)
+        targets = {key: value for p in of_part for key, value in work.load(p).weights().items()}
+        if self.placebo and part == "unlabelled":
+            targets = {key: value[others(len(value), self.seed)] for key, value in targets.items()}
         return WithTargets(self.data.part(part), targets)
 
     def networks(self, work: Work) -> dict[str, EncoderDecoder]:
@@ -87,7 +131,19 @@ class Amalgamation:
 
     def predictions(self) -> tuple[Predictions, ...]:
         """The stored predictions that the student learns from and is measured on."""
-        return tuple(Predictions(t, part) for t in self.teachers for part in ("unlabelled", "validation"))
+        return tuple(
+            Predictions(t, part, soft=self.soft and t.task == "segmentation")
+            for t in self.teachers
+            for part in ("unlabelled", "validation")
+        )
+
+
+def others(count: int, seed: int) -> Int[Tensor, " count"]:
+    """For each of `count` images another one, all of them used once. Raises ValueError for a single image."""
+    if count < 2:
+        raise ValueError(f"a placebo needs two images or more to exchange their predictions, got {count}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
 def together(student: EncoderDecoder, codings: Mapping[str, list[ChannelCoding]]) -> nn.ModuleDict:
@@ -99,7 +155,9 @@ def together(student: EncoderDecoder, codings: Mapping[str, list[ChannelCoding]]
 class StudentBlock(Recipe):
     """Block n of the student and its codings, trained by Eq. 6 on top of blocks 1..n−1 (section 5.1, Step 2).
 
-    The artefact holds the student and the codings up to here, and the held-out losses of blocks 1..n.
+    The artefact holds the student and the codings up to here, and the held-out losses of blocks 1..n:
+    `losses` are Eq. 6 as at test time, `own_losses` those of the objective that was trained; None where a
+    block was not trained.
     """
 
     n: int
@@ -112,7 +170,7 @@ class StudentBlock(Recipe):
         return f"student-block-{self.n:02d}"
 
     def parents(self) -> tuple[Recipe, ...]:
-        before = (replace(self, n=self.n - 1),) if self.n > 1 else ()
+        before = (replace(self, n=self.n - 1),) if self.n > self.amalgamation.first_block else ()
         common = (self.amalgamation.teachers[0].start,)
         return (*before, *common, *self.amalgamation.predictions())
 
@@ -127,30 +185,31 @@ class StudentBlock(Recipe):
         return student, codings
 
     def train(self, work: Work) -> Result:
-        """Eq. 6 on unlabelled images; then the losses on held-out ones, still without a label."""
+        """Eq. 6 or 5 on unlabelled images; then Eq. 6 on held-out ones, still without a label."""
         plan = self.amalgamation
-        teachers, losses = plan.networks(work), {t.task: [] for t in plan.teachers}
-        if self.n > 1:
+        teachers = plan.networks(work)
+        if self.n > plan.first_block:
             before = work.load(replace(self, n=self.n - 1))
             student, codings = self.build(before.weights(), before.metrics)
-            losses = before.metrics["losses"]
+            losses, own = before.metrics["losses"], before.metrics["own_losses"]
         else:
-            student, codings = plan.fresh()
-            common = plan.start == "common"
-            student.blocks.load_state_dict(
-                work.load(plan.teachers[0].start).weights()
-                if common
-                else teachers[plan.start].blocks.state_dict()
+            student, codings = plan.started(work)
+            losses, own = ({t.task: [None] * (self.n - 1) for t in plan.teachers} for _ in range(2))
+        here = {task: coding[self.n - 1] for task, coding in codings.items()}
+        given = (student, teachers, here, self.n)
+        weights = dict(plan.weights)
+        at_test = BlockObjective(*given, tasks=plan.tasks(), weights=weights, train_prefix=plan.train_prefix)
+        objective = at_test
+        if plan.loss == "features":
+            objective = FeatureObjective(*given, weights=weights, train_prefix=plan.train_prefix)
+        elif plan.switches == "teacher":
+            objective = BlockObjective(
+                *given,
+                tasks=plan.tasks(),
+                weights=weights,
+                train_prefix=plan.train_prefix,
+                switches=plan.switches,
             )
-        objective = BlockObjective(
-            student,
-            teachers,
-            {task: coding[self.n - 1] for task, coding in codings.items()},
-            self.n,
-            tasks=tasks_of(plan.data),
-            weights=dict(plan.weights),
-            train_prefix=plan.train_prefix,
-        )
         fabric = make_fabric(plan.blocks.device, precision=plan.blocks.precision)
         history = fit(
             objective,
@@ -161,25 +220,41 @@ class StudentBlock(Recipe):
             title=self.name(),
             watch=work.watch,
         )
-        held_out = mean_losses(
-            objective, batches(plan.taught("validation", work), plan.blocks), fabric=fabric
-        )
+        images = batches(plan.taught("validation", work), plan.blocks)
+        held_out = mean_losses(at_test, images, fabric=fabric)
+        of_own = held_out if objective is at_test else mean_losses(objective, images, fabric=fabric)
         losses = {t: [*losses[t], held_out[t] / weight] for t, weight in plan.weights}
+        own = {t: [*own[t], of_own[t] / weight] for t, weight in plan.weights}
         both = together(student, codings)
-        return Result(both.state_dict(), {"losses": losses}, history)
+        return Result(both.state_dict(), {"losses": losses, "own_losses": own}, history)
 
 
 @dataclass(frozen=True)
 class BranchedStudent(Recipe):
-    """TargetNet: branched out where Eq. 7 says, then fine-tuned (Steps 3 and 4 of section 5.1)."""
+    """TargetNet: branched out where Eq. 7 says, then fine-tuned (Steps 3 and 4 of section 5.1).
+
+    `points` are (task, block) pairs that take the place of Eq. 7: "Decoder b1" to "b5" of Table 1.
+    """
 
     amalgamation: Amalgamation
+    fine_tuning: Schedule
+    points: tuple[tuple[str, int], ...] | None = None
 
     def sources(self) -> tuple[ModuleType, ...]:
         return SOURCES
 
     def name(self) -> str:
         return "target-net"
+
+    @property
+    def data(self) -> Data:
+        """What it learns from and is measured on."""
+        return self.amalgamation.data
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of its last training."""
+        return self.fine_tuning
 
     @property
     def last_block(self) -> StudentBlock:
@@ -190,27 +265,30 @@ class BranchedStudent(Recipe):
         return (self.last_block, *self.amalgamation.predictions())
 
     def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> TargetNet:
-        """The network with the given weights, branched as `metrics` say."""
+        """The network with the given weights, branched as `metrics` say.
+
+        Raises ValueError for the weights of a network that branched elsewhere.
+        """
         student, codings = self.amalgamation.fresh()
         teachers = {t.task: t.fresh() for t in self.amalgamation.teachers}
         target_net = branch_out(student, codings, teachers, metrics["branch_points"])
-        target_net.load_state_dict(dict(weights))
+        target_net.load_weights(weights)
         return target_net.eval()
 
     def train(self, work: Work) -> Result:
         """Eq. 7, branch out, then fine-tuning of the whole network against the teachers' predictions."""
         plan, artifact = self.amalgamation, work.load(self.last_block)
         student, codings = self.last_block.build(artifact.weights(), artifact.metrics)
-        points = branch_points(artifact.metrics["losses"])
+        points = branch_points(artifact.metrics["losses"]) if self.points is None else dict(self.points)
         target_net = branch_out(student, codings, plan.networks(work), points)
         history = fit(
-            DirectObjective(target_net, tasks_of(plan.data), dict(plan.weights)),
-            batches(plan.taught("unlabelled", work), plan.fine_tuning, seed=plan.seed, shuffle=True),
-            plan.fine_tuning,
-            fabric=make_fabric(plan.fine_tuning.device, precision=plan.fine_tuning.precision),
+            DirectObjective(target_net, plan.tasks(), dict(plan.weights)),
+            batches(plan.taught("unlabelled", work), self.fine_tuning, seed=plan.seed, shuffle=True),
+            self.fine_tuning,
+            fabric=make_fabric(self.fine_tuning.device, precision=self.fine_tuning.precision),
             checkpoint=work.folder / "training.safetensors",
             title=self.name(),
             watch=work.watch,
         )
-        found = scores(target_net, plan.data, plan.fine_tuning)
+        found = scores(target_net, plan.data, self.fine_tuning)
         return Result(target_net.state_dict(), {"branch_points": points, **found}, history)

@@ -18,14 +18,19 @@ def label_curve(
     to seed. Raises ValueError as `task_teachers`.
     """
     usual = task_teachers(profile, data=data, data_root=data_root, seed=seed)
-    labelled, everything = usual["depth"].data.labels()
+    everything = usual["depth"].data.labels()[1]
     recipes = []
     for count in (*(c for c in profile_named(profile).label_counts if c < everything), everything):
         for teacher in usual.values():
-            schedule = teacher.schedule
-            steps = schedule.epochs * math.ceil(labelled / schedule.batch_size)
-            epochs = max(1, round(steps / math.ceil(count / schedule.batch_size)))
-            # as many as the labelled part has: the profile's own teacher, the same artefact
-            labels = None if count == labelled else count
-            recipes.append(replace(teacher, schedule=replace(schedule, epochs=epochs), labels=labels))
+            recipes.append(with_labels(teacher, count))
     return recipes
+
+
+def with_labels(teacher: TaskTeacher, count: int) -> TaskTeacher:
+    """The teacher with `count` labelled images and, to within an epoch, its own number of steps."""
+    labelled, schedule = teacher.data.labels()[0], teacher.schedule
+    steps = schedule.epochs * math.ceil(labelled / schedule.batch_size)
+    epochs = max(1, round(steps / math.ceil(count / schedule.batch_size)))
+    # as many as the labelled part has: the teacher itself, the same artefact
+    labels = None if count == labelled else count
+    return replace(teacher, schedule=replace(schedule, epochs=epochs), labels=labels)

@@ -43,6 +43,8 @@ class Profile:
     rooms_schedules: Schedules
     nyuv2_size: tuple[int, int]
     nyuv2_schedules: Schedules
+    study_size: tuple[int, int] | None = None
+    """NYUDv2's images in the study `ka_two_teachers`; None: as everywhere."""
     label_counts: tuple[int, ...] = (100, 200, 400, 800)
     """Numbers of labelled images that the study `teachers` compares."""
 
@@ -73,6 +75,7 @@ PROFILES = {
             replace(QUICK, epochs=8),
         ),
         nyuv2_size=(72, 96),
+        study_size=(48, 64),
         nyuv2_schedules=Schedules(
             dict.fromkeys(TASKS, replace(QUICK, epochs=30)),
             replace(QUICK, epochs=2),
@@ -145,12 +148,11 @@ def whole_game(
         tuple(teachers.values()),
         weights=(("segmentation", 1.0), ("depth", 4.0)),
         blocks=schedules.block,
-        fine_tuning=schedules.fine_tuning,
         gain=2.0,  # fresh gates are open: better than half closed on held-out rooms, see CHANGELOG.md
         seed=seed,
     )
     blocks = tuple(StudentBlock(n, plan) for n in range(1, p.architecture.blocks + 1))
-    return WholeGame(teachers, blocks, BranchedStudent(plan))
+    return WholeGame(teachers, blocks, BranchedStudent(plan, schedules.fine_tuning))
 
 
 def profile_named(name: str | None) -> Profile:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from kamal_lib import devices, engine, evaluation, metrics, sample, tasks
 from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.transforms import train_transform
 from kamal_lib.engine import Schedule, fit, make_fabric, predict
-from kamal_lib.metrics import image_states
+from kamal_lib.metrics import image_states, inherited_errors
 from kamal_lib.models import blocks, encoder_decoder, imagenet
 from kamal_lib.models.encoder_decoder import VGG16, Architecture, EncoderDecoder, build_network
 from kamal_lib.recipes import data
 from kamal_lib.recipes.data import Data, batches, scores, tasks_of
-from kamal_lib.tasks import DirectObjective
+from kamal_lib.tasks import DirectObjective, SoftSegmentation, Task
 
 SOURCES: tuple[ModuleType, ...] = (
     *(kamal_lib.data, kamal_lib.losses, blocks, encoder_decoder, imagenet),
@@ -122,10 +123,14 @@ class TaskTeacher(Recipe):
 
 @dataclass(frozen=True)
 class Predictions(Recipe):
-    """What a teacher says of a part's images, computed once: the only supervision that a student gets."""
+    """What a teacher says of a part's images, computed once: the only supervision that a student gets.
+
+    With `soft`, a segmentation teacher's probabilities in half precision instead of its class ids.
+    """
 
     teacher: TaskTeacher
     part: str
+    soft: bool = False
 
     def sources(self) -> tuple[ModuleType, ...]:
         return SOURCES
@@ -134,25 +139,81 @@ class Predictions(Recipe):
         return f"{self.teacher.task}-predictions-{self.part}"
 
     def train(self, work: Work) -> Result:
-        """{"labels": N×H×W uint8}, {"depth": N×H×W float32} or {"normals": N×3×H×W float32}."""
-        data, schedule = self.teacher.data, self.teacher.schedule
+        """{"labels": N×H×W uint8}, {"depth": N×H×W float32}, {"normals": N×3×H×W float32}, or soft."""
+        data, schedule, name = self.teacher.data, self.teacher.schedule, self.teacher.task
         artifact = work.load(self.teacher)
-        seen: list[Tensor] = []
+        task = student_tasks(data, soft=self.soft)[name]
+        kind, seen = STORED.get(task.key, torch.float32), list[Tensor]()
         predict(
             self.teacher.build(artifact.weights(), artifact.metrics),
             batches(data.part(self.part), schedule),
-            tasks := tasks_of(data),
+            {name: task},
             fabric=make_fabric(schedule.device),  # in float32: arg max of bfloat16 logits has ties
-            each=lambda predictions, _: seen.append(predictions[self.teacher.task].cpu()),
+            each=lambda predictions, _: seen.append(predictions[name].cpu().to(kind)),
         )
-        key, found = tasks[self.teacher.task].key, torch.cat(seen)
-        return Result({key: found.to(torch.uint8) if key == "labels" else found}, {}, [])
+        return Result({task.key: torch.cat(seen)}, {}, [])
+
+
+STORED = {"labels": torch.uint8, "probabilities": torch.float16}
+
+
+def student_tasks(data: Data, *, soft: bool) -> dict[str, Task]:
+    """The tasks as a student is taught them: `tasks_of`, with soft segmentation targets where asked."""
+    tasks = tasks_of(data)
+    return tasks | {"segmentation": SoftSegmentation(data.classes)} if soft else tasks
+
+
+class Network(Protocol):
+    """A recipe whose `build` gives one network with heads for tasks: teachers, students, baselines."""
+
+    @property
+    def data(self) -> Data: ...
+    @property
+    def schedule(self) -> Schedule: ...
 
 
 @dataclass(frozen=True)
 class ImageScores(Recipe):
-    """What a teacher's metric adds up, image by image, over a part: a bootstrap over images needs no more."""
+    """What a network's metrics add up, image by image, over a part: a bootstrap over images needs no more."""
 
+    network: Any  # a recipe that is a Network
+    part: str = "test"
+
+    def sources(self) -> tuple[ModuleType, ...]:
+        return SOURCES
+
+    def name(self) -> str:
+        return f"{self.network.name()}-scores-{self.part}"
+
+    def train(self, work: Work) -> Result:
+        """{"task.state of its metric": images × its shape}; see `kamal_lib.metrics.resampled`."""
+        data, schedule, artifact = self.network.data, self.network.schedule, work.load(self.network)
+        tasks = tasks_of(data)
+        rows: list[dict[str, Tensor]] = []
+
+        def add(predictions: dict[str, Tensor], batch: dict[str, Any]) -> None:
+            row: dict[str, Tensor] = {}
+            for name, prediction in predictions.items():
+                truth = batch[tasks[name].key].cpu()
+                states = image_states(tasks[name].metric(), prediction.cpu(), truth)
+                row |= {f"{name}.{state}": value for state, value in states.items()}
+            rows.append(row)
+
+        predict(
+            self.network.build(artifact.weights(), artifact.metrics),
+            batches(data.part(self.part), schedule),
+            tasks,
+            fabric=make_fabric(schedule.device, precision=schedule.precision),  # as in `scores`
+            each=add,
+        )
+        return Result({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, {}, [])
+
+
+@dataclass(frozen=True)
+class Inherited(Recipe):
+    """How many of a network's wrong pixels its segmentation teacher gets wrong in the same way."""
+
+    network: Any  # a recipe that is a Network
     teacher: TaskTeacher
     part: str = "test"
 
@@ -160,20 +221,24 @@ class ImageScores(Recipe):
         return SOURCES
 
     def name(self) -> str:
-        return f"{self.teacher.task}-scores-{self.part}"
+        return f"{self.network.name()}-inherited-{self.part}"
 
     def train(self, work: Work) -> Result:
-        """{state of the metric: images × its shape}; see `kamal_lib.metrics.resampled`."""
-        data, schedule, artifact = self.teacher.data, self.teacher.schedule, work.load(self.teacher)
-        task = tasks_of(data)[self.teacher.task]
-        rows: list[dict[str, Tensor]] = []
-        predict(
-            self.teacher.build(artifact.weights(), artifact.metrics),
-            batches(data.part(self.part), schedule),
-            {self.teacher.task: task},
-            fabric=make_fabric(schedule.device, precision=schedule.precision),  # as in `scores`
-            each=lambda predictions, batch: rows.append(
-                image_states(task.metric(), predictions[self.teacher.task].cpu(), batch[task.key].cpu())
-            ),
-        )
-        return Result({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, {}, [])
+        """{"inherited", "wrong"}: pixels of each image."""
+        schedule, networks = self.network.schedule, []
+        for recipe in (self.network, self.teacher):
+            artifact = work.load(recipe)
+            networks.append(recipe.build(artifact.weights(), artifact.metrics))
+        found: list[tuple[Tensor, Tensor]] = []
+        fabric = make_fabric(schedule.device, precision=schedule.precision)
+        teacher = networks[1].to(fabric.device)
+
+        def add(predictions: dict[str, Tensor], batch: dict[str, Any]) -> None:
+            with fabric.autocast():
+                theirs = teacher(batch["image"])["segmentation"].argmax(1)
+            found.append(inherited_errors(predictions["segmentation"], theirs, batch["labels"]))
+
+        images = batches(self.network.data.part(self.part), schedule)
+        predict(networks[0], images, tasks_of(self.network.data), fabric=fabric, each=add)
+        inherited, wrong = (torch.cat(each).cpu() for each in zip(*found, strict=True))
+        return Result({"inherited": inherited, "wrong": wrong}, {}, [])

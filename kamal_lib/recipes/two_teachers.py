@@ -1,0 +1,148 @@
+"""Study `ka_two_teachers`: the rows of its tables as recipes, for one seed."""
+
+from dataclasses import replace
+
+from kamal_lib.artifacts import Recipe
+from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent
+from kamal_lib.recipes.baselines import MultiHead, SelfDistilled
+from kamal_lib.recipes.data import NYUv2Data, RoomsData
+from kamal_lib.recipes.label_curve import with_labels
+from kamal_lib.recipes.profiles import profile_named, whole_game
+from kamal_lib.recipes.teachers import CommonStart
+
+Rows = dict[str, tuple[Recipe, ...]]
+"""{row of a table: the network, or one network a task}."""
+
+
+def core_rows(student: BranchedStudent) -> Rows:
+    """Both teachers, the final student (branched by Eq. 7), and the same network distilled end to end."""
+    return {
+        "teachers": student.amalgamation.teachers,
+        "final": (student,),
+        "end to end": (MultiHead(student),),
+    }
+
+
+def table_rows(student: BranchedStudent) -> Rows:
+    """Decoder b1..bN/2 of Table 1: both tasks branch at that block of the decoder."""
+    tasks = [teacher.task for teacher in student.amalgamation.teachers]
+    half = student.last_block.n // 2
+    return {
+        f"Decoder b{k}": (replace(student, points=tuple((task, half + k) for task in tasks)),)
+        for k in range(1, half + 1)
+    }
+
+
+def baseline_rows(student: BranchedStudent) -> Rows:
+    """Self-training of each task, labels instead of teachers, and predictions of other images."""
+    plan = student.amalgamation
+    return {
+        "self-distilled": tuple(SelfDistilled(plan, student.fine_tuning, t.task) for t in plan.teachers),
+        "few labels": (MultiHead(student, "labels"),),
+        "all labels": (MultiHead(student, "all labels"),),
+        "placebo": (replace(student, amalgamation=replace(plan, placebo=True)),),
+    }
+
+
+def option_rows(student: BranchedStudent) -> Rows:
+    """One option of the amalgamation changed at a time, with a quarter of the fine-tuning for all of them."""
+    plan, short = (
+        student.amalgamation,
+        replace(student.fine_tuning, epochs=student.fine_tuning.epochs // 4 or 1),
+    )
+    depth = next(teacher for teacher in plan.teachers if teacher.task == "depth")
+    stranger = CommonStart(depth.start.architecture, depth.start.seed + 2 * 10**6)  # another random start
+    apart = tuple(replace(t, start=stranger) if t is depth else t for t in plan.teachers)
+    changes: dict[str, Amalgamation] = {
+        "as usual": plan,
+        "Eq. 5": replace(plan, loss="features"),
+        "blocks 1..n": replace(plan, train_prefix=True),
+        "common start": replace(plan, start="common"),
+        "decoder only": replace(plan, decoder_only=True),
+        "soft targets": replace(plan, soft=True),
+        "gates and 1×1": replace(plan, mix=True),
+        "teacher's switches": replace(plan, switches="teacher"),
+        "unrelated teachers": replace(plan, teachers=apart),
+        "unrelated teachers, 1×1": replace(plan, teachers=apart, mix=True),
+        "λ depth 1": replace(plan, weights=(("segmentation", 1.0), ("depth", 1.0))),
+        "λ depth 16": replace(plan, weights=(("segmentation", 1.0), ("depth", 16.0))),
+        "gates half closed": replace(plan, gain=1.0),
+        "two epochs a block": replace(plan, blocks=replace(plan.blocks, epochs=2 * plan.blocks.epochs)),
+    }
+    return {name: (BranchedStudent(changed, short),) for name, changed in changes.items()}
+
+
+def condition_rows(student: BranchedStudent) -> Rows:
+    """Conditions under which the student might beat its teachers: teachers and student of each.
+
+    A quarter of the labels, the teachers' steps as usual; and with it soft targets, or fine-tuning twice as
+    long, or twice the unlabelled images (rooms only), with which the blocks take twice the steps and the
+    fine-tuning as many as usual.
+    """
+    labels = max(1, student.data.labels()[0] // 4)
+    few = tuple(with_labels(teacher, labels) for teacher in student.amalgamation.teachers)
+    less = replace(student.amalgamation, teachers=few)
+    conditions = {
+        "few labels": replace(student, amalgamation=less),
+        "few labels, soft targets": replace(student, amalgamation=replace(less, soft=True)),
+        "few labels, fine-tuned twice as long": replace(
+            student,
+            amalgamation=less,
+            fine_tuning=replace(student.fine_tuning, epochs=2 * student.fine_tuning.epochs),
+        ),
+    }
+    if isinstance(student.data, RoomsData):
+        many = replace(student.data, unlabelled=2 * student.data.unlabelled)
+        epochs = max(1, student.fine_tuning.epochs // 2)
+        conditions["few labels, more rooms"] = replace(
+            student,
+            amalgamation=replace(less, teachers=tuple(replace(t, data=many) for t in few)),
+            fine_tuning=replace(student.fine_tuning, epochs=epochs),
+        )
+    rows: Rows = {}
+    for name, changed in conditions.items():
+        rows |= {f"{name}: teachers": changed.amalgamation.teachers, name: (changed,)}
+    return rows
+
+
+def study_student(
+    profile: str | None = None, *, data: str = "rooms", data_root: str | None = None, seed: int = 0
+) -> BranchedStudent:
+    """The final student as the study trains it: on NYUDv2 at the profile's `study_size`.
+
+    The arguments are those of `whole_game`, and its errors.
+    """
+    student = whole_game(profile, data=data, data_root=data_root, seed=seed).target_net
+    size = profile_named(profile).study_size
+    if isinstance(student.data, NYUv2Data) and size is not None:
+        small, plan = replace(student.data, size=size), student.amalgamation
+        teachers = tuple(replace(teacher, data=small) for teacher in plan.teachers)
+        student = replace(student, amalgamation=replace(plan, teachers=teachers))
+    return student
+
+
+def two_teachers(
+    rows: str,
+    profile: str | None = None,
+    *,
+    data: str = "rooms",
+    data_root: str | None = None,
+    seed: int = 0,
+) -> Rows:
+    """The recipes of one group of rows, "core", "table", "baselines", "options" or "conditions", of one seed.
+
+    Raises ValueError for another group, and as `whole_game`.
+    """
+    if rows not in GROUPS:
+        raise ValueError(f"rows must be one of {', '.join(GROUPS)}, got {rows!r}")
+    return GROUPS[rows](study_student(profile, data=data, data_root=data_root, seed=seed))
+
+
+GROUPS = {
+    "core": core_rows,
+    "table": table_rows,
+    "baselines": baseline_rows,
+    "options": option_rows,
+    "conditions": condition_rows,
+}
+"""{name: the function that turns the final student's recipe into rows}."""
