@@ -13,11 +13,21 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kamal_lib.artifacts import Recipe
-from kamal_lib.metrics import SetMetric, resampled
+from kamal_lib.ledger import verdict
+from kamal_lib.metrics import SetMetric
+from kamal_lib.tasks import Task
 
 RESULTS = Path(__file__).resolve().parents[1] / "notebooks" / "studies" / "results"
 MACHINE = {"root", "precision", "device"}
 """Fields of recipes that say where something ran, not what was asked."""
+
+
+BETTER = {
+    **dict.fromkeys(("miou", "pixel_acc", "delta1", "delta2", "delta3"), "max"),
+    **dict.fromkeys(("abs_rel", "sqr_rel", "rmse", "log10", "angle_mean", "angle_median"), "min"),
+    **dict.fromkeys(("within_11_25", "within_22_5", "within_30"), "max"),
+}
+"""{score: which direction is better}."""
 
 
 def config_hash(recipe: Recipe) -> str:
@@ -99,17 +109,28 @@ def bootstrap(
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [{name: each.double() for name, each in one.items()} for one in states]
-    values: list[list[dict[str, float]]] = []
-    for _ in range(draws):
+    picked: dict[int, list[tuple[int, Tensor]]] = {}  # of each seed: (draw, how often each image occurs)
+    for draw in range(draws):
         chosen = torch.randint(len(rows), (len(rows),), generator=generator).tolist()
-        picked = [times(len(next(iter(rows[which].values()))), generator) for which in chosen]
-        picked = picked[:1] * len(picked) if shared_images else picked
-        values.append(
-            [resampled(metric, rows[which], own) for which, own in zip(chosen, picked, strict=True)]
-        )
-    return {
-        name: np.array([[one[name] for one in scores] for scores in values]).mean(1) for name in values[0][0]
-    }
+        counts = [times(len(next(iter(rows[which].values()))), generator) for which in chosen]
+        for place, which in enumerate(chosen):
+            picked.setdefault(which, []).append((draw, counts[0 if shared_images else place]))
+    found: dict[str, np.ndarray] = {}
+    for which, each in picked.items():  # all resamples of a seed's images in one product
+        matrix = torch.stack([count for _, count in each]).double()
+        totals = {name: torch.tensordot(matrix, row, dims=1) for name, row in rows[which].items()}
+        for i, (draw, _) in enumerate(each):
+            for name, value in metric.scores({state: total[i] for state, total in totals.items()}).items():
+                found.setdefault(name, np.zeros(draws))[draw] += float(value) / len(rows)
+    return found
+
+
+def of_task(scores: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
+    """The states of one task's metric among the image-wise scores of a network (`recipes.ImageScores`)."""
+    found = {name.removeprefix(f"{task}."): v for name, v in scores.items() if name.startswith(f"{task}.")}
+    if not found:
+        raise ValueError(f"no scores of {task!r} among {sorted(scores)}")
+    return found
 
 
 def times(images: int, generator: torch.Generator) -> Int[Tensor, " images"]:
@@ -121,3 +142,70 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """The middle `level` of bootstrap draws: (low, high) percentiles."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+class Measurements:
+    """The rows of a study's tables, all measured on the test images of their seeds.
+
+    Every interval is that of `bootstrap`; two rows are compared on the seeds that both have, in equal draws.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], *, shared_images: bool, draws: int):
+        self.tasks, self.shared_images, self.draws = dict(tasks), shared_images, draws
+        self.scores: dict[str, dict[int, dict[str, float]]] = {}
+        self._states: dict[tuple[str, str], dict[int, dict[str, Tensor]]] = {}
+        self._drawn: dict[tuple[str, str, tuple[int, ...]], dict[str, np.ndarray]] = {}
+
+    def add(self, row: str, seed: int, states: Mapping[str, Tensor]) -> None:
+        """What a network adds up over its images (`recipes.ImageScores`); a row may have several networks."""
+        for task in {name.split(".")[0] for name in states}:
+            own = of_task(states, task)
+            self._states.setdefault((row, task), {})[seed] = own
+            sums = {name: value.double().sum(0) for name, value in own.items()}
+            found = {k: float(v) for k, v in self.tasks[task].metric().scores(sums).items()}
+            self.scores.setdefault(row, {}).setdefault(seed, {}).update(found)
+
+    def score(self, row: str, metric: str) -> dict[str, Any]:
+        """{"mean", "low", "high", "by_seed"} of a score over all seeds of the row."""
+        seeds = tuple(self.scores[row])
+        low, high = interval(self._draws(row, metric, seeds))
+        by_seed = [self.scores[row][seed][metric] for seed in seeds]
+        return {"mean": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}
+
+    def compare(self, row: str, reference: str, metric: str, *, margin: float = 0.0) -> dict[str, Any]:
+        """The paired difference of a score, `row` minus `reference`, and the verdict that `row` is better.
+
+        With a `margin` above 0 the claim is "not worse by more than that share of the reference's mean".
+        Raises ValueError where the two have no seed in common.
+        """
+        seeds = tuple(s for s in self.scores[row] if s in self.scores[reference])
+        if not seeds:
+            raise ValueError(f"{row!r} and {reference!r} have no seed in common")
+        own, other = (self._draws(each, metric, seeds) for each in (row, reference))
+        low, high = interval(own - other)
+        by_seed = [self.scores[row][s][metric] - self.scores[reference][s][metric] for s in seeds]
+        base = float(np.mean([self.scores[reference][s][metric] for s in seeds]))
+        allowed = margin * base * (1 if BETTER[metric] == "max" else -1)
+        found = {"row": row, "reference": reference, "metric": metric, "seeds": list(seeds), "margin": margin}
+        found |= {"difference": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}
+        return found | {"verdict": verdict(low + allowed, high + allowed, BETTER[metric])}
+
+    def _draws(self, row: str, metric: str, seeds: tuple[int, ...]) -> np.ndarray:
+        (task,) = (t for t in self.tasks if (row, t) in self._states and metric in self._names(t))
+        if (row, task, seeds) not in self._drawn:
+            states = [self._states[row, task][seed] for seed in seeds]
+            self._drawn[row, task, seeds] = bootstrap(
+                self.tasks[task].metric(), states, shared_images=self.shared_images, draws=self.draws
+            )
+        return self._drawn[row, task, seeds][metric]
+
+    def _names(self, task: str) -> set[str]:
+        row = next(row for row, t in self._states if t == task)
+        sums = {k: v.double().sum(0) for k, v in next(iter(self._states[row, task].values())).items()}
+        return set(self.tasks[task].metric().scores(sums))
+
+
+def together(verdicts: Iterable[str]) -> str:
+    """The verdict on a claim about several scores: holds if all do, "opposite seen" if one is, else open."""
+    found = set(verdicts)
+    return "opposite seen" if "opposite seen" in found else "holds" if found == {"holds"} else "open"

@@ -4,16 +4,19 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kamal_lib import sample
 from kamal_lib.data.loaders import collate
 from kamal_lib.data.targets import WithTargets
-from kamal_lib.distill.amalgamation import BlockObjective, branch_points
+from kamal_lib.distill.amalgamation import BlockObjective, FeatureObjective, branch_points
+from kamal_lib.models.blocks import Activation
 from kamal_lib.models.coding import ChannelCoding
-from kamal_lib.models.encoder_decoder import Architecture, build_network
-from kamal_lib.tasks import Depth, Normals, Segmentation
+from kamal_lib.models.encoder_decoder import Architecture, EncoderDecoder, build_network
+from kamal_lib.models.target_net import branch_out
+from kamal_lib.tasks import Depth, Normals, Segmentation, SoftSegmentation
 
 TINY = Architecture(widths=(4, 6), convs=(1, 1), pools=(True, True))
 TASKS = {"segmentation": Segmentation(("a", "b", "c")), "depth": Depth(bins=4, bin_length=0.5)}
@@ -172,6 +175,205 @@ def test_gradients_of_the_coded_path():
     assert torch.allclose(coding.expand.weight.grad, WEIGHTS["depth"] * weight.grad, rtol=1e-9)
 
 
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def features_setting(n: int, **options):
+    """As `setting`, with Eq. 5."""
+    _, student, teachers, batch = setting(n)
+    codings = {task: ChannelCoding(student.channels[n - 1]) for task in TASKS}
+    objective = FeatureObjective(student, teachers, codings, n, weights=WEIGHTS, **options)
+    return objective, student, teachers, {"image": batch["image"]}
+
+
+@pytest.mark.parametrize("n", range(1, N + 1))
+def test_eq_5_by_hand(n):
+    """Squared differences, one channel after the other; only block n and its codings have gradients."""
+    objective, student, teachers, batch = features_setting(n)
+    objective.eval()
+    for coding in objective.codings.values():
+        torch.nn.init.normal_(coding.expand.weight)
+    found = objective(batch)
+    a = student.forward_to(batch["image"], n)
+    for task, network in teachers.items():
+        theirs, coding = network.forward_to(batch["image"], n).features, objective.codings[task]
+        total = 0.0
+        for image in range(2):
+            hidden = torch.relu(coding.squeeze.weight @ a.features[image].mean((1, 2)))
+            s = torch.sigmoid(coding.expand.weight @ hidden)
+            for c in range(theirs.shape[1]):
+                difference = s[c] * a.features[image, c] - theirs[image, c]
+                total += float((difference**2).sum().detach())
+        expected = WEIGHTS[task] * total / theirs.numel()
+        assert float(found[task].detach()) == pytest.approx(expected, rel=1e-4)
+    before, others = state(student), {task: state(network) for task, network in teachers.items()}
+    step(objective, batch)
+    assert {name.split(".")[1] for name in changed(before, student)} == {str(n - 1)}
+    for task, network in teachers.items():
+        assert not changed(others[task], network)
+        assert all(p.grad is None for p in network.parameters())
+
+
+def test_eq_5_of_a_student_that_is_the_teacher():
+    network = teacher("depth", 2)
+    student = build_network(TINY, {}, seed=3).eval()
+    student.blocks.load_state_dict(network.blocks.state_dict())
+    codings = {"depth": ChannelCoding(6, gain=2.0)}
+    objective = FeatureObjective(student, {"depth": network}, codings, 2, weights=WEIGHTS).eval()
+    assert float(objective({"image": torch.rand(2, 3, 16, 16)})["depth"].detach()) == 0
+
+
+def test_eq_5_with_the_whole_prefix():
+    objective, student, _, batch = features_setting(3, train_prefix=True)
+    before = state(student)
+    step(objective, batch)
+    assert {name.split(".")[1] for name in changed(before, student)} == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("n", range(1, N + 1))
+def test_the_teachers_switches_by_hand(n):
+    objective, student, teachers, batch = setting(n, switches="teacher")
+    objective.eval()
+    a = student.forward_to(batch["image"], n)
+    found = objective(batch)
+    same = 0
+    for task, network in teachers.items():
+        own = network.forward_to(batch["image"], n)
+        coding = objective.codings[task]
+        responses = network.forward_from(Activation(coding(a.features), own.switches), n)
+        target = batch["labels"] if task == "segmentation" else batch["depth"]
+        assert torch.equal(found[task], WEIGHTS[task] * TASKS[task].loss(responses[task], target))
+        usual = network.forward_from(a.with_features(coding(a.features)), n)
+        same += torch.equal(usual[task], responses[task])
+    assert same == (2 if n == N else 0)  # after the last block nothing is left to undo
+
+
+def test_the_identity_with_the_teachers_own_features_and_switches():
+    """F_t^n with the switches of the teacher gives its prediction bit for bit, at every n."""
+    network, image = teacher("segmentation", 1), torch.rand(2, 3, 17, 19)
+    with torch.no_grad():
+        for n in range(N + 1):
+            again = network.forward_from(network.forward_to(image, n), n)["segmentation"]
+            assert torch.equal(again, network(image)["segmentation"])
+
+
+def test_a_mixed_coding_starts_as_the_gates_alone_and_can_exchange_channels():
+    torch.manual_seed(0)
+    coding, x = ChannelCoding(5, gain=2.0, mix=True), torch.rand(2, 5, 3, 4)
+    assert torch.equal(coding(x), x)
+    with torch.no_grad():
+        coding.mix.weight.copy_(torch.eye(5).roll(1, 0)[..., None, None])
+        coding.expand.weight.normal_()
+    assert torch.allclose(coding(x), (coding.gates(x) * x).roll(1, 1))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_number_of_teachers(count):
+    tasks = TASKS | {"normals": Normals()}
+    names = list(tasks)[:count]
+    teachers = {t: build_network(TINY, {t: tasks[t].channels}, seed=1).eval() for t in names}
+    codings = {t: ChannelCoding(6) for t in names}
+    image = torch.rand(2, 3, 16, 16)
+    batch = {"image": image} | {tasks[t].key: tasks[t].decode(teachers[t](image)[t]).detach() for t in names}
+    weights = dict.fromkeys(names, 1.0)
+    objective = BlockObjective(
+        build_network(TINY, {}, seed=3), teachers, codings, 2, tasks=tasks, weights=weights
+    )
+    losses = step(objective, batch)
+    assert list(losses) == names
+    assert all(coding.expand.weight.grad.abs().sum() > 0 for coding in objective.codings.values())
+
+
+def test_a_teacher_of_two_tasks_has_one_coding():
+    both = build_network(TINY, {task: TASKS[task].channels for task in TASKS}, seed=1).eval()
+    batch = setting(1)[3]
+    objective = BlockObjective(
+        build_network(TINY, {}, seed=3),
+        {"both": both},
+        {"both": ChannelCoding(4)},
+        1,
+        tasks=TASKS,
+        weights=WEIGHTS,
+    )
+    assert set(objective(batch)) == set(TASKS)
+
+
+class Down(nn.Module):
+    """A block that is not ours: a strided convolution, no switches."""
+
+    pool = True
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.channels, self.conv = channels, nn.Conv2d(channels_in, channels, 3, stride=2, padding=1)
+
+    def forward(self, activation: Activation) -> Activation:
+        return activation.with_features(nn.functional.gelu(self.conv(activation.features)))
+
+
+class Up(Down):
+    """Its mirror: bilinear, to twice the size."""
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__(channels_in, channels)
+        self.conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+
+    def forward(self, activation: Activation) -> Activation:
+        larger = nn.functional.interpolate(activation.features, scale_factor=2, mode="bilinear")
+        return activation.with_features(self.conv(larger))
+
+
+def test_teachers_and_student_that_are_not_ours():
+    """Blocks of somebody else, amalgamated and branched out without a change."""
+    torch.manual_seed(0)
+
+    def network(heads):
+        blocks = [Down(3, 4), Down(4, 6), Up(6, 4), Up(4, 5)]
+        return EncoderDecoder(TINY, blocks, {t: nn.Conv2d(5, TASKS[t].channels, 1) for t in heads}).eval()
+
+    teachers, student = {task: network([task]) for task in TASKS}, network([])
+    image = torch.rand(2, 3, 16, 24)
+    batch = {"image": image, "labels": teachers["segmentation"](image)["segmentation"].argmax(1)}
+    batch["depth"] = TASKS["depth"].decode(teachers["depth"](image)["depth"]).detach()
+    codings = {task: [ChannelCoding(c) for c in student.channels] for task in TASKS}
+    for n in range(1, N + 1):
+        here = {task: codings[task][n - 1] for task in TASKS}
+        objective = BlockObjective(student, teachers, here, n, tasks=TASKS, weights=WEIGHTS)
+        first = sum(float(loss.detach()) for loss in step(objective, batch).values())
+        for _ in range(20):
+            last = sum(float(loss.detach()) for loss in step(objective, batch).values())
+        assert last < first
+    target_net = branch_out(student, codings, teachers, {"segmentation": 4, "depth": 3})
+    assert {t: r.shape for t, r in target_net(image).items()} == {
+        t: (2, TASKS[t].channels, 16, 24) for t in TASKS
+    }
+
+
+def test_soft_targets_are_a_divergence():
+    torch.manual_seed(0)
+    teachers, students = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    task = SoftSegmentation(("a", "b", "c"))
+    assert task.key == "probabilities"
+    p, q = (torch.distributions.Categorical(logits=x.movedim(1, -1)) for x in (teachers, students))
+    expected = torch.distributions.kl_divergence(p, q).mean()
+    target = task.decode(teachers)
+    assert float(task.loss(students, target)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(task.loss(teachers, target)) == pytest.approx(0, abs=1e-6)
+    assert float(task.loss(students.double(), target.half())) == pytest.approx(float(expected), rel=1e-2)
+    students.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: task.loss(x, target.double()), students.detach().double().requires_grad_()
+    )
+
+
+@pytest.mark.parametrize(
+    "target", [torch.full((2, 3, 4, 5), 0.5), torch.tensor([1.5, -0.25, -0.25]).view(1, 3, 1, 1)]
+)
+def test_soft_targets_must_be_probabilities(target):
+    with pytest.raises(ValueError, match="soft targets must be probabilities over the 3 classes"):
+        SoftSegmentation(("a", "b", "c")).loss(torch.zeros(target.shape), target)
+
+
 # --- Eq. 7 --------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +389,11 @@ def test_eq_7_looks_at_the_decoder_only():
     assert branch_points({"depth": [0.0, 0.0, 3.0, 2.0]}) == {"depth": 4}
 
 
-@pytest.mark.parametrize("losses", [[], [1.0, 1.0, float("nan"), 1.0]])
+def test_eq_7_of_a_decoder_that_alone_was_amalgamated():
+    assert branch_points({"depth": [None, None, 3.0, 2.0]}) == {"depth": 4}
+
+
+@pytest.mark.parametrize("losses", [[], [1.0, 1.0, float("nan"), 1.0], [1.0, 1.0, None, 1.0]])
 def test_eq_7_without_a_measurement(losses):
     with pytest.raises(ValueError, match=r"finite loss of depth for every block.*held-out images"):
         branch_points({"depth": losses})
@@ -226,6 +432,33 @@ def test_teachers_of_another_depth_or_width():
 def test_a_teacher_without_coding():
     with pytest.raises(ValueError, match=r"teachers \['depth'\] have no channel coding at block 1"):
         objective_for(codings={"segmentation": ChannelCoding(4)})
+
+
+def test_a_teacher_in_training_mode():
+    with pytest.raises(ValueError, match=r"the depth teacher is in training mode.*call eval\(\)"):
+        objective_for(teachers={"depth": teacher("depth", 2).train()})
+
+
+def test_a_teacher_of_other_classes():
+    """Its predictions may even lie in the range: the number of its classes tells."""
+    other = {"segmentation": build_network(TINY, {"segmentation": 5}, seed=0).eval()}
+    objective = objective_for(teachers=other, codings={"segmentation": ChannelCoding(4)})
+    batch = {"image": torch.rand(1, 3, 8, 8), "labels": torch.zeros(1, 8, 8, dtype=torch.long)}
+    with pytest.raises(ValueError, match="segmentation network answers in 5 channels, its task has 3"):
+        objective(batch)
+
+
+def test_unknown_switches_and_a_teacher_without_weight_in_eq_5():
+    with pytest.raises(ValueError, match="switches must be 'student' or 'teacher', got 'mine'"):
+        setting(1, switches="mine")
+    with pytest.raises(ValueError, match=r"teachers \['depth'\] have no weight λ in Eq. 5"):
+        FeatureObjective(
+            build_network(TINY, {}, seed=0),
+            {"depth": teacher("depth", 2)},
+            {"depth": ChannelCoding(4)},
+            1,
+            weights={},
+        )
 
 
 class Images(list, torch.utils.data.Dataset):

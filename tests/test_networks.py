@@ -300,3 +300,10 @@ def test_images_that_are_not_rgb(shape):
             build_network(Architecture((4,), (1,), (True,)), {"depth": 2}, seed=0)(torch.rand(shape))
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_weights_of_other_branch_points():
+    net, other = branched({"segmentation": 6, "depth": 4}), branched({"segmentation": 5, "depth": 4})
+    with pytest.raises(ValueError, match=r"have {'segmentation': 1, 'depth': 2} blocks in their branches"):
+        net.load_weights(other.state_dict())
+    net.load_weights(branched({"segmentation": 6, "depth": 4}).state_dict())

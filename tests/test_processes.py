@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_engine import TASKS, Small, Toy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kamal_lib import artifacts, engine
 from kamal_lib.artifacts import Recipe, Result, Work, load_or_train, save_state
 from kamal_lib.data.loaders import loader
+from kamal_lib.distill.amalgamation import BlockObjective
 from kamal_lib.engine import Schedule, evaluate, fit, make_fabric, mean_losses, share
 from kamal_lib.metrics import DepthErrors, SegmentationScores
+from kamal_lib.models.coding import ChannelCoding
+from kamal_lib.models.encoder_decoder import Architecture, build_network
 from kamal_lib.tasks import DirectObjective
 
 SCHEDULE = Schedule(epochs=2, batch_size=4, learning_rate=0.01, clip=0.5, device="cpu")
@@ -66,15 +70,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_are_those_of_one_process(trained: Path, accumulate: int) -> None:
-    """Ten images in total batches of 4, 4 and 2; norm layers in eval mode, in float64."""
-    steps, history = gradients_of_a_fit(accumulate)
+@pytest.mark.parametrize("kind", ["network", "block"])
+def test_gradients_are_those_of_one_process(trained: Path, kind: str, accumulate: int) -> None:
+    """Ten images in total batches of 4, 4 and 2; norm layers in eval mode, in float64.
+
+    A whole network, and block 2 of a student coded into its teacher.
+    """
+    steps, history = gradients_of_a_fit(kind, accumulate)
+    assert any(float(gradient.abs().max()) > 1e-4 for gradient in steps.values())
     for rank in (0, 1):
-        found = load_file(trained / f"gradients-{accumulate}-{rank}.safetensors")
+        found = load_file(trained / f"gradients-{kind}-{accumulate}-{rank}.safetensors")
         assert found.keys() == steps.keys()
         for name, value in steps.items():
             assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-12), name
-        assert told(trained, rank)[f"history-{accumulate}"] == [pytest.approx(row) for row in history]
+        assert told(trained, rank)[f"history-{kind}-{accumulate}"] == [pytest.approx(row) for row in history]
 
 
 @pytest.mark.slow
@@ -204,19 +213,34 @@ def test_when_one_process_fails_all_end(fails: str, tmp_path: Path) -> None:
 # What each of the two processes does
 
 
-def gradients_of_a_fit(accumulate: int) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+def block_2() -> BlockObjective:
+    """Block 2 of a student, coded into a teacher with open gates that are not all the same."""
+    small = Architecture((4, 6), (1, 1), (True, True))
+    student, teacher = build_network(small, {}, seed=1), build_network(small, {"segmentation": 3}, seed=2)
+    coding = ChannelCoding(6)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(coding.expand.weight)
+    parts = (student, {"segmentation": teacher.eval()}, {"segmentation": coding}, 2)
+    return BlockObjective(*parts, tasks=TASKS, weights={"segmentation": 2.0})
+
+
+def gradients_of_a_fit(kind: str, accumulate: int) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """{step and parameter: gradient}, as the optimiser saw them, and the history."""
 
-    class Exact(DirectObjective):
+    class Exact(nn.Module):
         """In float64, with norm layers in eval mode."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.objective = (block_2() if kind == "block" else DirectObjective(Small(), TASKS)).double()
 
         def train(self, mode: bool = True) -> "Exact":
             return super().train(False)
 
         def forward(self, batch: Any) -> dict[str, Tensor]:
-            return super().forward(batch | {"image": batch["image"].double()})
+            return self.objective(batch | {"image": batch["image"].double()})
 
-    objective = Exact(Small().double(), TASKS)
+    objective = Exact()
     seen: dict[str, Tensor] = {}
     with spied_steps(seen, dict(objective.named_parameters())):
         history = fit(
@@ -267,9 +291,10 @@ def unequal_metrics(ranks: list[int]) -> dict[str, float]:
 def training(folder: Path, rank: int) -> dict[str, Any]:
     """Fits and metrics."""
     found: dict[str, Any] = {"writes": 0}
-    for accumulate in (1, 2):
-        steps, found[f"history-{accumulate}"] = gradients_of_a_fit(accumulate)
-        save_state(folder / f"gradients-{accumulate}-{rank}.safetensors", steps, {})
+    for kind, accumulate in product(("network", "block"), (1, 2)):
+        run = f"{kind}-{accumulate}"
+        steps, found[f"history-{run}"] = gradients_of_a_fit(kind, accumulate)
+        save_state(folder / f"gradients-{run}-{rank}.safetensors", steps, {})
 
     real = engine.save_state
 

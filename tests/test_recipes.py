@@ -32,6 +32,7 @@ from kamal_lib.recipes import (
 )
 from kamal_lib.recipes import __main__ as command
 from kamal_lib.recipes import amalgamation as stages
+from kamal_lib.studies import of_task
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_a_seed_redraws_everything():
 
 def test_options_of_the_student_leave_the_teachers_alone(game):
     plan = game.target_net.amalgamation
-    other = BranchedStudent(replace(plan, start="common"))
+    other = BranchedStudent(replace(plan, start="common"), game.target_net.fine_tuning)
     assert key(other) != key(game.target_net)
     assert other.amalgamation.teachers == plan.teachers
     assert key(StudentBlock(1, replace(plan, gain=1.0))) != key(game.blocks[0])
@@ -360,7 +361,7 @@ def test_the_command_line_trains_the_label_curve(capsys):
         assert len(trained.history) == teacher.schedule.epochs
         states = load_or_train(ImageScores(teacher), store, progress=pytest.fail).weights()
         metric = recipes.tasks_of(teacher.data)[teacher.task].metric()
-        once = resampled(metric, states, torch.ones(4, dtype=torch.long))
+        once = resampled(metric, of_task(states, teacher.task), torch.ones(4, dtype=torch.long))
         assert once == pytest.approx(trained.metrics["test"], rel=1e-9)
 
 

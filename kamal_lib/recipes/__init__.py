@@ -12,7 +12,7 @@ from kamal_lib.recipes.data import NYUv2Data, RoomsData, batches, scores, tasks_
 from kamal_lib.recipes.label_curve import label_curve
 from kamal_lib.recipes.profiles import PROFILES, WholeGame, task_teachers, whole_game
 from kamal_lib.recipes.teachers import CommonStart, ImageScores, Inherited, Predictions, TaskTeacher
-from kamal_lib.recipes.two_teachers import GROUPS, two_teachers
+from kamal_lib.recipes.two_teachers import GROUPS, full_size, two_teachers
 
 __all__ = [
     "GROUPS",
@@ -31,6 +31,7 @@ __all__ = [
     "TaskTeacher",
     "WholeGame",
     "batches",
+    "full_size",
     "label_curve",
     "load",
     "scores",

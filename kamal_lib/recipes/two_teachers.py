@@ -2,7 +2,13 @@
 
 from dataclasses import replace
 
+import torch
+
 from kamal_lib.artifacts import Recipe
+from kamal_lib.models.coding import ChannelCoding
+from kamal_lib.models.cost import parameters
+from kamal_lib.models.encoder_decoder import VGG16, Architecture, build_network
+from kamal_lib.models.target_net import branch_out
 from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent
 from kamal_lib.recipes.baselines import MultiHead, SelfDistilled
 from kamal_lib.recipes.data import NYUv2Data, RoomsData
@@ -12,6 +18,24 @@ from kamal_lib.recipes.teachers import CommonStart
 
 Rows = dict[str, tuple[Recipe, ...]]
 """{row of a table: the network, or one network a task}."""
+
+
+def full_size(architecture: Architecture = VGG16, channels: tuple[int, ...] = (13, 1)) -> dict[str, int]:
+    """Parameters at the size of the paper, without codings: {"teachers", "b1".., "codings" of all blocks}.
+
+    `channels` are those of the tasks' heads. Nothing is allocated.
+    """
+    with torch.device("meta"):
+        heads = {str(i): count for i, count in enumerate(channels)}
+        student = build_network(architecture, {}, seed=0)
+        teachers = {task: build_network(architecture, {task: count}, seed=0) for task, count in heads.items()}
+        codings = {task: [ChannelCoding(c) for c in student.channels] for task in heads}
+    half = architecture.blocks // 2
+    found = {"teachers": parameters(*teachers.values())}
+    for k in range(1, half + 1):
+        net = branch_out(student, codings, teachers, dict.fromkeys(heads, half + k))
+        found[f"b{k}"] = parameters(net) - parameters(*(codings[task][half + k - 1] for task in heads))
+    return found | {"codings": parameters(*(each for of_task in codings.values() for each in of_task))}
 
 
 def core_rows(student: BranchedStudent) -> Rows:

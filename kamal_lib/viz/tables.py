@@ -54,6 +54,22 @@ def results_table(
     return pd.DataFrame(table, index=list(rows))
 
 
+def ledger_table(rows: pd.DataFrame, *, digits: int = 3) -> pd.DataFrame:
+    """What `ledger.rows` gives, as text to read: claim, what the paper prints, what was found, verdict.
+
+    "found" is the mean of the difference, ours minus the reference, with its interval, as in
+    +0.012 [+0.003, +0.020]; "–" where there is none.
+    """
+    found = []
+    for mean, low, high in zip(rows["mean"], rows["low"], rows["high"], strict=True):
+        text = "–" if math.isnan(mean) else f"{mean:+.{digits}f}"
+        found.append(text if math.isnan(low) else f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]")
+    texts = ["the paper claims", "it prints", "measured here", "verdict"]
+    table = pd.DataFrame({name: rows[name].replace("", "–") for name in texts})
+    table.insert(3, "found", found)
+    return table
+
+
 def in_millions(count: int) -> str:
     """A number of parameters as text: 29_450_000 is "29.45 M"."""
     return f"{count / 1e6:.2f} M"
