@@ -11,6 +11,7 @@ from kamal_lib import studies
 from kamal_lib.metrics import DepthErrors, SegmentationScores, image_states
 from kamal_lib.recipes import NYUv2Data, label_curve, task_teachers
 from kamal_lib.studies import bootstrap, committed, config_hash, interval, record, stale
+from kamal_lib.tasks import Depth, Segmentation
 
 
 def test_a_hash_is_that_of_what_was_asked_not_of_the_machine():
@@ -123,3 +124,69 @@ def test_images_that_all_seeds_share_are_resampled_once():
     )
     assert shared.std() == pytest.approx(error, rel=0.15)
     assert apart.std() == pytest.approx(error / np.sqrt(3), rel=0.15)
+
+
+# --- rows and their differences -----------------------------------------------------------------------------
+
+TASKS = {"segmentation": Segmentation(("a", "b")), "depth": Depth()}
+
+
+def confusion(right: list[int], wrong: list[int]) -> dict[str, torch.Tensor]:
+    """Image by image: so many right and so many wrong pixels of each of two classes."""
+    rows = [[[r, w], [w, r]] for r, w in zip(right, wrong, strict=True)]  # truth × prediction
+    return {"segmentation.confusion": torch.tensor(rows)}
+
+
+def measured() -> studies.Measurements:
+    found = studies.Measurements(TASKS, shared_images=True, draws=200)
+    for seed in (1, 2, 3):
+        found.add("good", seed, confusion([9, 8, 9, 8, 9 + seed], [1, 2, 1, 2, 1]))
+        found.add("bad", seed, confusion([5, 4, 5, 4, 5 + seed], [5, 6, 5, 6, 5]))
+    found.add("late", 3, confusion([9, 8, 9, 8, 12], [1, 2, 1, 2, 1]))
+    return found
+
+
+def test_scores_are_those_of_all_images_together():
+    found = measured()
+    assert found.scores["good"][1]["pixel_acc"] == pytest.approx(2 * 44 / (2 * 51))
+    score = found.score("good", "pixel_acc")
+    assert score["by_seed"] == [pytest.approx((43 + s) / (50 + s)) for s in (1, 2, 3)]
+    assert score["low"] < score["mean"] < score["high"]
+
+
+def test_paired_differences_and_their_verdicts():
+    found = measured()
+    one = found.compare("good", "bad", "miou")
+    assert one["low"] > 0
+    assert one["verdict"] == "holds"
+    assert found.compare("bad", "good", "miou")["verdict"] == "opposite seen"
+    same = found.compare("late", "good", "miou")
+    assert same["seeds"] == [3]
+    assert (same["low"], same["difference"], same["high"], same["verdict"]) == (0, 0, 0, "open")
+    assert found.compare("late", "good", "miou", margin=0.05)["verdict"] == "holds"
+    assert found.compare("bad", "good", "miou", margin=0.05)["verdict"] == "opposite seen"
+    found.add("other", 7, confusion([1], [1]))
+    with pytest.raises(ValueError, match="'other' and 'good' have no seed in common"):
+        found.compare("other", "good", "miou")
+
+
+def test_a_margin_points_the_right_way_where_less_is_better():
+    """abs rel 0.10 and 0.103: 3 % worse is on a par within 5 %, 7 % worse is not."""
+    found = studies.Measurements(TASKS, shared_images=True, draws=100)
+    names = tuple(Depth().metric().metric_state)
+    for row, errors in (("reference", 0.1), ("near", 0.103), ("far", 0.107)):
+        truth = torch.full((4, 2, 2), 2.0)
+        states = image_states(Depth().metric(), truth * (1 + errors), truth)
+        assert set(states) == set(names)
+        for seed in (1, 2):
+            found.add(row, seed, {f"depth.{name}": value for name, value in states.items()})
+    assert found.compare("near", "reference", "abs_rel")["verdict"] == "opposite seen"
+    assert found.compare("near", "reference", "abs_rel", margin=0.05)["verdict"] == "holds"
+    assert found.compare("far", "reference", "abs_rel", margin=0.05)["verdict"] == "opposite seen"
+
+
+def test_verdicts_on_several_scores():
+    assert studies.together(["holds", "holds"]) == "holds"
+    assert studies.together(["holds", "open"]) == "open"
+    assert studies.together(["holds", "open", "opposite seen"]) == "opposite seen"
+    assert studies.together([]) == "open"
