@@ -170,6 +170,20 @@ def test_paired_differences_and_their_verdicts():
         found.compare("other", "good", "miou")
 
 
+def test_shared_images_make_wider_intervals_than_images_apart():
+    """Three seeds on the same images: drawn together, what one resample has too much of is not levelled."""
+    g = torch.Generator().manual_seed(0)
+    states = [confusion((right := torch.randint(0, 11, (40,), generator=g)).tolist(), (10 - right).tolist())]
+    widths = {}
+    for shared in (True, False):
+        found = studies.Measurements(TASKS, shared_images=shared, draws=400)
+        for seed in (1, 2, 3):
+            found.add("row", seed, states[0])
+        score = found.score("row", "pixel_acc")
+        widths[shared] = score["high"] - score["low"]
+    assert widths[True] > 1.4 * widths[False]  # the square root of 3, nearly
+
+
 def test_a_margin_points_the_right_way_where_less_is_better():
     """abs rel 0.10 and 0.103: 3 % worse is on a par within 5 %, 7 % worse is not."""
     found = studies.Measurements(TASKS, shared_images=True, draws=100)

@@ -1,6 +1,7 @@
 """The rows of the study `ka_two_teachers`: what each starts from, learns from and may not see."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from kamal_lib.studies import of_task
 GAME = whole_game("smoke")
 STUDENT = GAME.target_net
 PLAN = STUDENT.amalgamation
+OTHER = whole_game("smoke", seed=9).target_net.amalgamation
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_every_group_has_its_rows():
     assert rows["core"] == ["teachers", "final", "end to end"]
     assert rows["table"] == ["Decoder b1", "Decoder b2"]
     assert rows["baselines"] == ["self-distilled", "few labels", "all labels", "placebo"]
-    assert len(set(rows["options"])) == 14
+    assert len(set(rows["options"])) == 15
     assert [row for row in rows["conditions"] if row.endswith(": teachers")] == [
         f"{row}: teachers" for row in rows["conditions"] if not row.endswith(": teachers")
     ]
@@ -71,8 +73,36 @@ def test_options_change_one_thing_at_a_time():
     for student in changed:
         plan = student.amalgamation
         fields = {f for f in plan.__dataclass_fields__ if getattr(plan, f) != getattr(usual.amalgamation, f)}
-        assert len(fields) == 1 or fields == {"teachers", "mix"}
+        assert len(fields) == 1 or fields in ({"teachers", "mix"}, {"loss", "start"})
         assert student.fine_tuning == usual.fine_tuning
+
+
+def test_branch_points_of_the_table():
+    rows = two_teachers("table", "quick")
+    assert {row: dict(student.points) for row, (student,) in rows.items()} == {
+        f"Decoder b{k}": {"segmentation": 5 + k, "depth": 5 + k} for k in range(1, 6)
+    }
+
+
+def test_conditions_change_what_they_say():
+    """Labels, targets, rooms and lengths of every condition; the teachers' steps are those of always."""
+    usual, seen = study_student("quick"), {}
+    for row, networks in two_teachers("conditions", "quick").items():
+        if row.endswith(": teachers"):
+            assert {t.labels for t in networks} == {100}
+            for teacher, own in zip(networks, usual.amalgamation.teachers, strict=True):
+                assert teacher.schedule.epochs * 7 == pytest.approx(own.schedule.epochs * 25, abs=7)
+        else:
+            plan = networks[0].amalgamation
+            epochs = networks[0].fine_tuning.epochs
+            seen[row.removeprefix("a quarter of the labels")] = (plan.soft, plan.data.unlabelled, epochs)
+    assert seen == {
+        "": (False, 1000, 8),
+        ", soft targets": (True, 1000, 8),
+        ", fine-tuned twice as long": (False, 1000, 16),
+        ", twice the rooms": (False, 2000, 4),
+        ", all of these": (True, 2000, 8),
+    }
 
 
 def test_nyuv2_has_the_size_of_the_study():
@@ -202,27 +232,51 @@ def test_soft_targets_are_the_teachers_probabilities():
     assert recipes.trained(StudentBlock(1, plan)).history[0]["segmentation"] > 0
 
 
-@pytest.mark.usefixtures("here")
-def test_an_end_to_end_network_is_the_students(monkeypatch):
-    """Built, before training, as the student's body and the teachers' branches; of the student's size."""
+@pytest.fixture
+def trainings(monkeypatch):
+    """What baselines would train, each as (network, images in the loader, schedule), without training it."""
     seen = []
-    monkeypatch.setattr(stages, "fit", lambda objective, *_, **__: seen.append(objective.network) or [])
-    work = Stored()
-    for targets in ("teachers", "labels", "all labels"):
-        found = MultiHead(STUDENT, targets).train(work)
-        network, student = seen[-1], recipes.load(STUDENT)
-        assert isinstance(network, TargetNet)
-        assert found.metrics["branch_points"] == student.branch_points
-        assert {k: v.shape for k, v in network.state_dict().items()} == {
-            k: v.shape for k, v in student.state_dict().items()
-        }
-        segnet, depthnet = (recipes.load(t) for t in PLAN.teachers)
-        head = network.branches["depth"].head.state_dict()
-        assert all(torch.equal(v, depthnet.heads["depth"].state_dict()[k]) for k, v in head.items())
-        trunk = network.trunk[0].state_dict()
-        assert all(torch.equal(v, trunk[k]) for k, v in segnet.blocks[0].state_dict().items())
+
+    def stub(objective, loader, schedule, **_):
+        seen.append((deepcopy(objective.network), len(loader.dataset), schedule))
+        return []
+
+    monkeypatch.setattr(stages, "fit", stub)
+    return seen
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("targets", "images"), [("teachers", 8), ("labels", 8), ("all labels", 16)])
+def test_an_end_to_end_network_is_the_students(targets, images, trainings):
+    """Built as the student's body and the teachers' branches; its images, its steps, its branch points."""
+    student = replace(STUDENT, fine_tuning=replace(STUDENT.fine_tuning, epochs=3))
+    baseline = MultiHead(student, targets)
+    recipes.trained(student)
+    found = baseline.train(Stored())
+    ((network, count, schedule),) = trainings
+    final = recipes.load(student)
+    assert isinstance(network, TargetNet)
+    assert found.metrics["branch_points"] == final.branch_points
+    shapes = ({k: v.shape for k, v in n.state_dict().items()} for n in (network, final))
+    assert next(shapes) == next(shapes)
+    segnet, depthnet = (recipes.load(t) for t in PLAN.teachers)
+    head = network.branches["depth"].head.state_dict()
+    assert all(torch.equal(v, depthnet.heads["depth"].state_dict()[k]) for k, v in head.items())
+    trunk = network.trunk[0].state_dict()
+    assert all(torch.equal(v, trunk[k]) for k, v in segnet.blocks[0].state_dict().items())
+    assert count == images
+    assert schedule.epochs * math.ceil(images / 4) == 4 * 2 + 3 * 2 + (2 if images == 16 else 0)
     with pytest.raises(ValueError, match="targets must be one of teachers, labels, all labels, got 'truth'"):
         MultiHead(STUDENT, "truth")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_self_distilled_network_starts_as_its_teacher(trainings):
+    SelfDistilled(PLAN, replace(STUDENT.fine_tuning, epochs=3), "depth").train(Stored())
+    ((network, count, schedule),) = trainings
+    teacher = recipes.load(PLAN.teachers[1]).state_dict()
+    assert all(torch.equal(value, teacher[name]) for name, value in network.state_dict().items())
+    assert (count, schedule.epochs) == (8, 4 + 3)
 
 
 def test_no_label_reaches_distilled_baselines(store, tmp_path, monkeypatch):
@@ -268,6 +322,23 @@ def test_a_teacher_inherits_all_its_errors_from_itself():
     assert accuracy == pytest.approx(recipes.trained(PLAN.teachers[0]).metrics["test"]["pixel_acc"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("here")
+def test_inherited_errors_are_those_of_two_networks():
+    """Recounted with the predictions of both; the student's and the teacher's differ somewhere."""
+    counts = recipes.trained(Inherited(STUDENT, PLAN.teachers[0])).weights()
+    part = GAME.data.part("test")
+    images = torch.stack([part[i]["image"] for i in range(4)]).as_subclass(torch.Tensor)
+    truth = torch.stack([part[i]["labels"] for i in range(4)]).as_subclass(torch.Tensor)
+    with torch.no_grad():
+        ours, theirs = (
+            recipes.load(r)(images)["segmentation"].argmax(1) for r in (STUDENT, PLAN.teachers[0])
+        )
+    inherited, wrong = inherited_errors(ours, theirs, truth)
+    assert counts["wrong"].tolist() == wrong.tolist()
+    assert counts["inherited"].tolist() == inherited.tolist()
+    assert int(inherited.sum()) < int(wrong.sum())
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -275,6 +346,8 @@ def test_a_teacher_inherits_all_its_errors_from_itself():
             {"start": "imagenet"},
             "start must be one of common, unrelated, .* got 'imagenet'",
         ),
+        ({"decoder_only": True, "train_prefix": True}, "train_prefix trains it: choose one"),
+        ({"teachers": (PLAN.teachers[0], OTHER.teachers[1])}, "all teachers must have the same data"),
         ({"loss": "both"}, "loss must be one of predictions, features, got 'both'"),
         ({"switches": "none"}, "switches must be one of student, teacher, got 'none'"),
     ],

@@ -49,7 +49,10 @@ class Amalgamation:
     * `switches`: "student", or the "teacher"'s own in the rest of the teacher, which no test image has.
     * `soft`: the segmentation teacher's probabilities as targets instead of its arg max.
     * `decoder_only`: the encoder stays as it started.
-    * `placebo`: every image is given the predictions of another one.
+    * `placebo`: every training image is given the predictions of another one.
+
+    Raises ValueError for weights that do not fit the teachers, for teachers of different data, for options
+    that do not exist, and for `decoder_only` with `train_prefix`, which would train the encoder.
     """
 
     teachers: tuple[TaskTeacher, ...]
@@ -72,6 +75,13 @@ class Amalgamation:
             raise ValueError(
                 f"weights must give each task of the teachers, {tasks}, one λ > 0, got {self.weights}"
             )
+        if len({t.data for t in self.teachers}) != 1:
+            raise ValueError(
+                "all teachers must have the same data (rooms of one world, parts of one seed), got "
+                f"{[t.data for t in self.teachers]}: their predictions would belong to different images"
+            )
+        if self.decoder_only and self.train_prefix:
+            raise ValueError("decoder_only leaves the encoder as it is, train_prefix trains it: choose one")
         choices = {
             "start": (self.start, ("common", "unrelated", *tasks)),
             "loss": (self.loss, ("predictions", "features")),

@@ -48,7 +48,7 @@ class MultiHead(Recipe):
 
     `targets` are "teachers" (their predictions of the unlabelled images: plain distillation), "labels" (of
     the few labelled images) or "all labels" (those of the unlabelled images opened, too: an upper bound).
-    Labelled images are flipped at random, as for the teachers.
+    Labelled images are flipped at random, as for the teachers; unlabelled ones are not, as for the student.
     """
 
     student: BranchedStudent

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,20 +163,13 @@ def student_tasks(data: Data, *, soft: bool) -> dict[str, Task]:
     return tasks | {"segmentation": SoftSegmentation(data.classes)} if soft else tasks
 
 
-class Network(Protocol):
-    """A recipe whose `build` gives one network with heads for tasks: teachers, students, baselines."""
-
-    @property
-    def data(self) -> Data: ...
-    @property
-    def schedule(self) -> Schedule: ...
-
-
 @dataclass(frozen=True)
 class ImageScores(Recipe):
     """What a network's metrics add up, image by image, over a part: a bootstrap over images needs no more."""
 
-    network: Any  # a recipe that is a Network
+    network: (
+        Any  # a recipe with `data` and `schedule` whose `build` gives a network: teacher, student, baseline
+    )
     part: str = "test"
 
     def sources(self) -> tuple[ModuleType, ...]:
@@ -211,9 +204,13 @@ class ImageScores(Recipe):
 
 @dataclass(frozen=True)
 class Inherited(Recipe):
-    """How many of a network's wrong pixels its segmentation teacher gets wrong in the same way."""
+    """How many of a network's wrong pixels a segmentation teacher gets wrong in the same way.
 
-    network: Any  # a recipe that is a Network
+    The images are those of the network; a teacher that it never learned from gives the share that networks
+    have in common anyway.
+    """
+
+    network: Any  # as for `ImageScores`
     teacher: TaskTeacher
     part: str = "test"
 

@@ -80,6 +80,7 @@ def option_rows(student: BranchedStudent) -> Rows:
     changes: dict[str, Amalgamation] = {
         "as usual": plan,
         "Eq. 5": replace(plan, loss="features"),
+        "Eq. 5, common start": replace(plan, loss="features", start="common"),
         "blocks 1..n": replace(plan, train_prefix=True),
         "common start": replace(plan, start="common"),
         "decoder only": replace(plan, decoder_only=True),
@@ -91,7 +92,7 @@ def option_rows(student: BranchedStudent) -> Rows:
         "λ depth 1": replace(plan, weights=(("segmentation", 1.0), ("depth", 1.0))),
         "λ depth 16": replace(plan, weights=(("segmentation", 1.0), ("depth", 16.0))),
         "gates half closed": replace(plan, gain=1.0),
-        "two epochs a block": replace(plan, blocks=replace(plan.blocks, epochs=2 * plan.blocks.epochs)),
+        "twice the epochs": replace(plan, blocks=replace(plan.blocks, epochs=2 * plan.blocks.epochs)),
     }
     return {name: (BranchedStudent(changed, short),) for name, changed in changes.items()}
 
@@ -99,32 +100,31 @@ def option_rows(student: BranchedStudent) -> Rows:
 def condition_rows(student: BranchedStudent) -> Rows:
     """Conditions under which the student might beat its teachers: teachers and student of each.
 
-    A quarter of the labels, the teachers' steps as usual; and with it soft targets, or fine-tuning twice as
-    long, or twice the unlabelled images (rooms only), with which the blocks take twice the steps and the
-    fine-tuning as many as usual.
+    A quarter of the labels, the teachers' steps as usual; and with it soft targets, fine-tuning twice as
+    long, twice the unlabelled images (rooms only; the blocks take twice the steps, the fine-tuning as many as
+    usual), or all of these together.
     """
     labels = max(1, student.data.labels()[0] // 4)
     few = tuple(with_labels(teacher, labels) for teacher in student.amalgamation.teachers)
-    less = replace(student.amalgamation, teachers=few)
+    less, tuning = replace(student.amalgamation, teachers=few), student.fine_tuning
+    longer = replace(tuning, epochs=2 * tuning.epochs)
     conditions = {
-        "few labels": replace(student, amalgamation=less),
-        "few labels, soft targets": replace(student, amalgamation=replace(less, soft=True)),
-        "few labels, fine-tuned twice as long": replace(
-            student,
-            amalgamation=less,
-            fine_tuning=replace(student.fine_tuning, epochs=2 * student.fine_tuning.epochs),
-        ),
+        "": replace(student, amalgamation=less),
+        ", soft targets": replace(student, amalgamation=replace(less, soft=True)),
+        ", fine-tuned twice as long": replace(student, amalgamation=less, fine_tuning=longer),
     }
     if isinstance(student.data, RoomsData):
-        many = replace(student.data, unlabelled=2 * student.data.unlabelled)
-        epochs = max(1, student.fine_tuning.epochs // 2)
-        conditions["few labels, more rooms"] = replace(
-            student,
-            amalgamation=replace(less, teachers=tuple(replace(t, data=many) for t in few)),
-            fine_tuning=replace(student.fine_tuning, epochs=epochs),
-        )
+        rooms = replace(student.data, unlabelled=2 * student.data.unlabelled)
+        many = replace(less, teachers=tuple(replace(teacher, data=rooms) for teacher in few))
+        equal = replace(tuning, epochs=max(1, tuning.epochs // 2))
+        conditions[", twice the rooms"] = replace(student, amalgamation=many, fine_tuning=equal)
+        less = many  # its fine-tuning of the usual epochs is twice as long
+        longer = tuning
+    everything = replace(student, amalgamation=replace(less, soft=True), fine_tuning=longer)
+    conditions[", all of these"] = everything
     rows: Rows = {}
-    for name, changed in conditions.items():
+    for also, changed in conditions.items():
+        name = f"a quarter of the labels{also}"
         rows |= {f"{name}: teachers": changed.amalgamation.teachers, name: (changed,)}
     return rows
 
