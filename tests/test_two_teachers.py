@@ -238,7 +238,8 @@ def trainings(monkeypatch):
     seen = []
 
     def stub(objective, loader, schedule, **_):
-        seen.append((deepcopy(objective.network), len(loader.dataset), schedule))
+        images = loader.dataset.dataset  # below the augmentation
+        seen.append((deepcopy(objective.network), len(images), schedule))
         return []
 
     monkeypatch.setattr(stages, "fit", stub)
