@@ -9,7 +9,7 @@ import torch
 
 from kamal_lib import studies
 from kamal_lib.metrics import DepthErrors, SegmentationScores, image_states
-from kamal_lib.recipes import NYUv2Data, label_curve, task_teachers
+from kamal_lib.recipes import NYUv2Data, label_curve, task_teachers, two_teachers
 from kamal_lib.studies import bootstrap, committed, config_hash, interval, record, stale
 from kamal_lib.tasks import Depth, Segmentation
 
@@ -204,3 +204,29 @@ def test_verdicts_on_several_scores():
     assert studies.together(["holds", "open"]) == "open"
     assert studies.together(["holds", "open", "opposite seen"]) == "opposite seen"
     assert studies.together([]) == "open"
+
+
+@pytest.mark.parametrize("study", ["ka_two_teachers", "ka_options", "ka_conditions"])
+def test_committed_rows_are_those_of_todays_recipes(study):
+    """Every run in the file is one that today's recipes ask for, and no network of a row is missing."""
+    groups = {"ka_options": ["options"], "ka_conditions": ["core", "conditions"]}.get(
+        study, ["core", "table", "baselines"]
+    )
+    usual = {"teachers": "as usual: teachers", "final": "as usual"}
+    called = usual if study == "ka_conditions" else {}
+    for path in studies.RESULTS.glob(f"{study}.*.json"):
+        found = json.loads(path.read_text("utf-8"))
+        if "trial" in path.name or found["profile"] == "smoke":
+            continue
+        section = found["data"]["rooms"]
+        measured = {(run["row"], run["seed"], run["config"]) for run in section["runs"]}
+        for seed in section["seeds"]:
+            asked = {
+                (called.get(row, row), seed, config_hash(network))
+                for group in groups
+                for row, networks in two_teachers(group, found["profile"], seed=seed).items()
+                for network in networks
+            }
+            rows = {row for row, of, _ in measured if of == seed}
+            here = {each for each in measured if each[1] == seed and ": self-distilled" not in each[0]}
+            assert {each for each in asked if each[0] in rows} == here, f"{path.name} is stale: run it again"

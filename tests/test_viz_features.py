@@ -114,7 +114,7 @@ def test_one_panel_alone_can_be_logarithmic():
     figure = features.block_curves(panels, "loss", decoder_from=2, log="b")
     assert [ax.get_yscale() for ax in figure.axes] == ["linear", "log"]
     assert figure.axes[0].get_ylim() != figure.axes[1].get_ylim()
-    with pytest.raises(ValueError, match="title of a panel of .*got 'c'"):
+    with pytest.raises(ValueError, match=r"title of a panel of .*got 'c'"):
         features.block_curves(panels, "loss", decoder_from=2, log="c")
 
 
