@@ -55,7 +55,7 @@ install: .venv/.ready  ## make .venv and install what the workbook needs
 report: .venv/.ready  ## run the lessons: executed notebooks, HTML, results and index in report/
 	$(PY) -m kamal_lib.report $(OPTIONS)
 
-study: .venv/.ready  ## run one study: make study STUDY=ka PROFILE=quick
+study: .venv/.ready  ## run one study: make study STUDY=ka_options PROFILE=quick
 	$(PY) -m kamal_lib.report --study "$(STUDY)" $(OPTIONS)
 
 test: lint types floors unit lessons studies  ## everything that must hold before a change is done

@@ -71,7 +71,7 @@ def choose(folder: Path, names: Sequence[str] = (), study: str | None = None) ->
         )
     chosen = []
     for name in [study] if study else names or known:
-        found = [path for stem, path in known.items() if name in (stem, stem.split("_")[0])]
+        found = [path for stem, path in known.items() if name in ((stem,) if study else (stem, stem[:2]))]
         if not found:
             raise ValueError(f"no notebook {name!r}{_closest(name, known)}; there are: {', '.join(known)}")
         chosen += found

@@ -211,9 +211,13 @@ def test_a_ledger_to_read():
         made("KA-05", mean=None, interval=None),
         made("KA-10", mean=-3.3, interval=None, verdict="opposite seen"),
     ]
-    found = ledger_table(rows(entries))
-    assert list(found.columns) == ["the paper claims", "it prints", "measured here", "found", "verdict"]
+    shown = ledger_table(rows(entries))
+    found = shown.data
+    assert list(found.columns) == [
+        *("the paper claims", "it prints", "measured here", "found", "verdict", "note")
+    ]
+    assert claims()["KA-10"].claim in shown.to_html()  # whole, whatever its length
     assert list(found["found"]) == ["+0.012 [+0.003, +0.020]", "–", "-3.300"]
     assert found.loc["KA-05", "it prints"] == "–"
-    assert list(ledger_table(rows(entries[:1]), digits=1)["found"]) == ["+0.0 [+0.0, +0.0]"]
-    assert len(ledger_table(rows([]))) == 0
+    assert list(ledger_table(rows(entries[:1]), digits=1).data["found"]) == ["+0.0 [+0.0, +0.0]"]
+    assert len(ledger_table(rows([])).data) == 0

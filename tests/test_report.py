@@ -205,7 +205,10 @@ def test_unknown_names_are_refused_before_anything_runs(
 
 def test_study_is_found_by_name(folder: Path, tmp_path: Path):
     study = write(tmp_path / "studies" / "ka.ipynb", code("steps = 3", "parameters"))
+    write(tmp_path / "studies" / "ka_options.ipynb", code("steps = 3", "parameters"))
     assert report.choose(tmp_path, study="ka") == [study]
+    with pytest.raises(ValueError, match="no notebook 'ka_option'"):
+        report.choose(tmp_path, study="ka_option")
     assert report.parameters(study, {"steps": 5}) == {"steps": 5}
 
 

@@ -24,9 +24,9 @@ def test_a_line_for_each_comparison_in_each_panel():
     drawn = [line.get_xdata() for line in first.lines]
     assert [list(map(float, x)) for x in drawn[1::2]] == [[0.1, 0.3], [-0.1, 0.2], [-3, -1]]
     assert [float(x[0]) for x in drawn[2::2]] == [0.2, 0.0, -2]
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"holds", "open", "opposite seen"}
-    assert "Eq. 5 mIoU +0.2 (holds)" in figure.alt
-    assert "c abs rel -2 (opposite seen)" in figure.alt
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"better", "open", "worse"}
+    assert "Eq. 5 mIoU +0.2 (better)" in figure.alt
+    assert "c abs rel -2 (worse)" in figure.alt
     figure.png()
 
 

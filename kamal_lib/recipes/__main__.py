@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains one stage of a run, and what it needs, in resumable pieces; prints its metrics."""
     parser = argparse.ArgumentParser(prog="python -m kamal_lib.recipes", description=main.__doc__)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--rows", choices=list(GROUPS), default="core", help="of the stage two_teachers")
+    parser.add_argument("--rows", choices=list(GROUPS), help="of the stage two_teachers")
     parser.add_argument("--profile", choices=list(PROFILES))
     parser.add_argument("--data", default="rooms", choices=["rooms", "nyuv2"])
     parser.add_argument("--data-root")
@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.stage in ("label_curve", "two_teachers") and options.start != "random":
         parser.error(f"the study's rule starts all teachers at random: leave --start out for {options.stage}")
+    if (options.rows is None) == (options.stage == "two_teachers"):
+        parser.error(f"--rows goes with the stage two_teachers: one of {', '.join(GROUPS)}")
     first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.ticker import MaxNLocator
+
 from kamal_lib.viz.curves import STYLES
 from kamal_lib.viz.panels import Picture
 
 COLOURS = {"holds": "#0072b2", "open": "0.45", "opposite seen": "#d55e00"}
+WORDS = {"holds": "better", "open": "open", "opposite seen": "worse"}
 MARKERS = {"holds": "o", "open": "s", "opposite seen": "X"}
 
 
@@ -31,11 +34,12 @@ def forest(
             low, mean, high = (float(each[name]) for name in ("low", "difference", "high"))
             kind = str(each["verdict"])
             ax.plot([low, high], [place, place], color=COLOURS[kind], linewidth=1.5)
-            name = None if kind in seen else kind
+            name = None if kind in seen else WORDS[kind]
             ax.plot(mean, place, MARKERS[kind], color=COLOURS[kind], markersize=6, label=name)
             seen.add(kind)
-            told.append(f"{called.get(lists[0][place], lists[0][place])} {label} {mean:+.3g} ({kind})")
+            told.append(f"{called.get(lists[0][place], lists[0][place])} {label} {mean:+.3g} ({WORDS[kind]})")
         ax.set_xlabel(label, fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(lists[0])), [called.get(row, row) for row in lists[0]], fontsize=9)

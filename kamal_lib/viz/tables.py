@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 ARROWS = {"max": "↑", "min": "↓"}
 
@@ -54,20 +55,21 @@ def results_table(
     return pd.DataFrame(table, index=list(rows))
 
 
-def ledger_table(rows: pd.DataFrame, *, digits: int = 3) -> pd.DataFrame:
+def ledger_table(rows: pd.DataFrame, *, digits: int = 3) -> Styler:
     """What `ledger.rows` gives, as text to read: claim, what the paper prints, what was found, verdict.
 
     "found" is the mean of the difference, ours minus the reference, with its interval, as in
-    +0.012 [+0.003, +0.020]; "–" where there is none.
+    +0.012 [+0.003, +0.020]; "–" where there is none. Where a claim is about several scores, "found" is that
+    of the first and "note" has them all: the verdict is on all of them. Nothing is cut off.
     """
     found = []
     for mean, low, high in zip(rows["mean"], rows["low"], rows["high"], strict=True):
         text = "–" if math.isnan(mean) else f"{mean:+.{digits}f}"
         found.append(text if math.isnan(low) else f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]")
-    texts = ["the paper claims", "it prints", "measured here", "verdict"]
+    texts = ["the paper claims", "it prints", "measured here", "verdict", "note"]
     table = pd.DataFrame({name: rows[name].replace("", "–") for name in texts})
     table.insert(3, "found", found)
-    return table
+    return table.style.set_properties(None, **{"text-align": "left", "white-space": "normal"})
 
 
 def in_millions(count: int) -> str:
