@@ -230,3 +230,15 @@ def test_committed_rows_are_those_of_todays_recipes(study):
             rows = {row for row, of, _ in measured if of == seed}
             here = {each for each in measured if each[1] == seed and ": self-distilled" not in each[0]}
             assert {each for each in asked if each[0] in rows} == here, f"{path.name} is stale: run it again"
+
+
+def test_the_readme_says_what_the_study_measured():
+    """Its three differences with their intervals, as numbers in the text."""
+    readme = (studies.RESULTS.parents[2] / "README.md").read_text("utf-8")
+    sections = committed("ka_two_teachers")["data"]
+    for data, metric in (("rooms", "miou"), ("nyuv2", "miou"), ("nyuv2", "abs_rel")):
+        rows = sections[data]["against teachers"]
+        (row,) = (r for r in rows if (r["row"], r["metric"]) == ("final", metric))
+        numbers = (f"{row[name]:+.3f}".replace("-", "−") for name in ("difference", "low", "high"))
+        mean, low, high = numbers
+        assert any(f"{mean}, {words}{low} to {high}" in readme for words in ("", "95 % interval "))
