@@ -1,6 +1,5 @@
 """The live view of a training, the bins of a depth and the browser of teachers: right, whole, and alive."""
 
-import io
 from collections.abc import Callable
 
 import ipywidgets
@@ -8,9 +7,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from matplotlib.text import Text
+from figures import readable
 from nbclient import NotebookClient
-from PIL import Image
 from torchvision import tv_tensors
 
 from kamal_lib.losses.dense import expected_depth
@@ -21,18 +19,6 @@ from kamal_lib.viz.widgets import draw_prediction, teacher_browser
 
 ROWS = [{"epoch": float(e), "depth": 2.0 / e} for e in range(1, 6)]
 NAMES = ("wall", "floor", "window")
-
-
-def readable(figure: Picture) -> bool:
-    """A PNG of its own size, no text below 8 points, nothing cut off, and an alt text."""
-    width, height = figure.get_size_inches() * figure.dpi
-    assert Image.open(io.BytesIO(figure.png())).size == (int(width), int(height))
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    assert min(text.get_fontsize() for text in texts) >= 8
-    drawn, page = figure.get_tightbbox(), figure.get_size_inches()
-    assert drawn.min.min() >= -0.01, "cut off at the left or below"
-    assert (drawn.max <= page + 0.01).all(), "cut off at the right or above"
-    return len(figure.alt) > 20
 
 
 def executed(*cells: str) -> list[nbformat.NotebookNode]:

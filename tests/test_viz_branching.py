@@ -1,6 +1,5 @@
 """Where a student branches out, in pictures: bars, votes and the explorer say what they were given."""
 
-import io
 from dataclasses import replace
 from typing import Any
 
@@ -9,25 +8,12 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from figures import readable
 from matplotlib.text import Text
 from nbclient import NotebookClient
-from PIL import Image
 
 from kamal_lib.viz.branching import Stream, branch_explorer, branch_votes, cost_bars, draw
 from kamal_lib.viz.panels import Picture
-
-
-def readable(figure: Picture) -> bool:
-    """A PNG of its own size, no text below 8 points, nothing cut off, and an alt text."""
-    width, height = figure.get_size_inches() * figure.dpi
-    assert Image.open(io.BytesIO(figure.png())).size == (int(width), int(height))
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    assert min(text.get_fontsize() for text in texts) >= 8
-    drawn, page = figure.get_tightbbox(), figure.get_size_inches()
-    assert drawn.min.min() >= -0.01, "cut off at the left or below"
-    assert (drawn.max <= page + 0.01).all(), "cut off at the right or above"
-    return len(figure.alt) > 20
-
 
 # Costs
 

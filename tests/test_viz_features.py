@@ -1,36 +1,21 @@
 """Pictures of features and gates: what they show is what they were given, and can be read."""
 
-import io
-
 import ipywidgets
 import nbformat
 import numpy as np
 import pytest
 import torch
+from figures import readable
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 from nbclient import NotebookClient
-from PIL import Image
 
 from kamal_lib.viz import features
 from kamal_lib.viz.curves import STYLES
 from kamal_lib.viz.features import Coded
-from kamal_lib.viz.panels import MAPS, Picture
+from kamal_lib.viz.panels import MAPS
 
 TASKS = ("segmentation", "depth")
 CHANNELS = (3, 16, 64)
-
-
-def readable(figure: Picture) -> bool:
-    """A PNG of its own size, no text below 8 points, nothing cut off, and an alt text."""
-    width, height = figure.get_size_inches() * figure.dpi
-    assert np.abs(np.subtract(Image.open(io.BytesIO(figure.png())).size, (width, height))).max() <= 1
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    assert min(text.get_fontsize() for text in texts) >= 8
-    drawn, page = figure.get_tightbbox(), figure.get_size_inches()
-    assert drawn.min.min() >= -0.01, "cut off at the left or below"
-    assert (drawn.max <= page + 0.01).all(), "cut off at the right or above"
-    return len(figure.alt) > 20
 
 
 def coded(channels: int, seed: int = 0, size: tuple[int, int] = (5, 7)) -> Coded:
@@ -169,7 +154,7 @@ def test_gates_of_other_than_two_tasks():
 @pytest.mark.parametrize("task", TASKS)
 def test_draw_at_the_ends_of_the_widget(n: int, task: str):
     figure = features.draw(IMAGE, BLOCKS, n, task, gain=2.0)
-    assert readable(figure)
+    assert readable(figure, rounding=1)
     gates = BLOCKS[task][n - 1].gates
     _, ax, maps = figure.axes
     line = next(line for line in ax.lines if line.get_label() == task)
