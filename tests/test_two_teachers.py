@@ -237,12 +237,11 @@ def trainings(monkeypatch):
     """What baselines would train, each as (network, images in the loader, schedule), without training it."""
     seen = []
 
-    def stub(objective, loader, schedule, **_):
-        images = loader.dataset.dataset  # below the augmentation
+    def stub(objective, images, schedule, *_, **__):
         seen.append((deepcopy(objective.network), len(images), schedule))
         return []
 
-    monkeypatch.setattr(stages, "fit", stub)
+    monkeypatch.setattr(stages, "fitted", stub)
     return seen
 
 

@@ -18,13 +18,13 @@ from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.targets import WithTargets
 from kamal_lib.distill import amalgamation
 from kamal_lib.distill.amalgamation import BlockObjective, FeatureObjective, branch_points
-from kamal_lib.engine import Schedule, fit, make_fabric, mean_losses
+from kamal_lib.engine import Schedule, make_fabric, mean_losses
 from kamal_lib.models import coding, target_net
 from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import EncoderDecoder, build_network
 from kamal_lib.models.target_net import TargetNet, branch_out
 from kamal_lib.recipes import teachers as teachers_module
-from kamal_lib.recipes.data import Data, batches, scores
+from kamal_lib.recipes.data import Data, batches, fitted, scores
 from kamal_lib.recipes.teachers import Predictions, TaskTeacher, student_tasks
 from kamal_lib.tasks import DirectObjective, Task
 
@@ -221,15 +221,8 @@ class StudentBlock(Recipe):
                 switches=plan.switches,
             )
         fabric = make_fabric(plan.blocks.device, precision=plan.blocks.precision)
-        history = fit(
-            objective,
-            batches(plan.taught("unlabelled", work), plan.blocks, seed=plan.seed, shuffle=True),
-            plan.blocks,
-            fabric=fabric,
-            checkpoint=work.folder / "training.safetensors",
-            title=self.name(),
-            watch=work.watch,
-        )
+        images = plan.taught("unlabelled", work)
+        history = fitted(objective, images, plan.blocks, work, title=self.name(), seed=plan.seed)
         images = batches(plan.taught("validation", work), plan.blocks)
         held_out = mean_losses(at_test, images, fabric=fabric)
         of_own = held_out if objective is at_test else mean_losses(objective, images, fabric=fabric)
@@ -291,14 +284,10 @@ class BranchedStudent(Recipe):
         student, codings = self.last_block.build(artifact.weights(), artifact.metrics)
         points = branch_points(artifact.metrics["losses"]) if self.points is None else dict(self.points)
         target_net = branch_out(student, codings, plan.networks(work), points)
-        history = fit(
+        objective, images = (
             DirectObjective(target_net, plan.tasks(), dict(plan.weights)),
-            batches(plan.taught("unlabelled", work), self.fine_tuning, seed=plan.seed, shuffle=True),
-            self.fine_tuning,
-            fabric=make_fabric(self.fine_tuning.device, precision=self.fine_tuning.precision),
-            checkpoint=work.folder / "training.safetensors",
-            title=self.name(),
-            watch=work.watch,
+            plan.taught("unlabelled", work),
         )
+        history = fitted(objective, images, self.fine_tuning, work, title=self.name(), seed=plan.seed)
         found = scores(target_net, plan.data, self.fine_tuning)
         return Result(target_net.state_dict(), {"branch_points": points, **found}, history)

@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.transforms import train_transform
-from kamal_lib.engine import Schedule, fit, make_fabric
+from kamal_lib.engine import Schedule
 from kamal_lib.models.encoder_decoder import EncoderDecoder
 from kamal_lib.models.target_net import TargetNet, branch_out
 from kamal_lib.recipes import amalgamation
 from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent
-from kamal_lib.recipes.data import Data, batches, scores, tasks_of
+from kamal_lib.recipes.data import Data, fitted, scores, tasks_of
 from kamal_lib.recipes.teachers import TaskTeacher
 from kamal_lib.tasks import DirectObjective
 
@@ -95,14 +95,9 @@ class MultiHead(Recipe):
             images, tasks = plan.data.teaching(most), tasks_of(plan.data)
             augment = train_transform(plan.data.size, flip=0.5)
         schedule = equal_steps(plan, self.student.fine_tuning, len(images))  # pyright: ignore[reportArgumentType]
-        history = fit(
-            DirectObjective(network, tasks, dict(plan.weights)),
-            batches(images, schedule, seed=plan.seed, shuffle=True, transform=augment),
-            schedule,
-            fabric=make_fabric(schedule.device, precision=schedule.precision),
-            checkpoint=work.folder / "training.safetensors",
-            title=self.name(),
-            watch=work.watch,
+        objective = DirectObjective(network, tasks, dict(plan.weights))
+        history = fitted(
+            objective, images, schedule, work, title=self.name(), seed=plan.seed, transform=augment
         )
         found = {"branch_points": points, "epochs": schedule.epochs, **scores(network, plan.data, schedule)}
         return Result(network.state_dict(), found, history)
@@ -158,14 +153,7 @@ class SelfDistilled(Recipe):
         network = plan.networks(work)[self.task]
         images = plan.taught("unlabelled", work)
         schedule = equal_steps(plan, self.fine_tuning, len(images))  # pyright: ignore[reportArgumentType]
-        history = fit(
-            DirectObjective(network, plan.tasks()),
-            batches(images, schedule, seed=plan.seed, shuffle=True),
-            schedule,
-            fabric=make_fabric(schedule.device, precision=schedule.precision),
-            checkpoint=work.folder / "training.safetensors",
-            title=self.name(),
-            watch=work.watch,
-        )
+        objective = DirectObjective(network, plan.tasks())
+        history = fitted(objective, images, schedule, work, title=self.name(), seed=plan.seed)
         found = {"epochs": schedule.epochs, **scores(network, plan.data, schedule)}
         return Result(network.state_dict(), found, history)

@@ -6,13 +6,13 @@ from functools import cache
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from kamal_lib.artifacts import default_store
+from kamal_lib.artifacts import Work, default_store
 from kamal_lib.data import scenes
-from kamal_lib.data.loaders import Preloaded, loader
+from kamal_lib.data.loaders import Preloaded, Transform, loader
 from kamal_lib.data.nyud import CLASSES_13, NYUDv2
 from kamal_lib.data.synthetic import Rooms
 from kamal_lib.data.transforms import eval_transform
-from kamal_lib.engine import Schedule, evaluate, make_fabric, share
+from kamal_lib.engine import History, Schedule, evaluate, fit, make_fabric, share
 from kamal_lib.tasks import Depth, Normals, Segmentation, Task
 
 
@@ -137,3 +137,25 @@ def scores(network: nn.Module, data: Data, schedule: Schedule) -> dict[str, dict
         part: evaluate(network, batches(data.part(part), schedule), tasks_of(data), fabric=fabric)
         for part in ("validation", "test")
     }
+
+
+def fitted(
+    objective: nn.Module,
+    images: Dataset,
+    schedule: Schedule,
+    work: Work,
+    *,
+    title: str,
+    seed: int,
+    transform: Transform | None = None,
+) -> History:
+    """How every recipe trains: shuffled images, going on from the checkpoint in `work.folder`."""
+    return fit(
+        objective,
+        batches(images, schedule, seed=seed, shuffle=True, transform=transform),
+        schedule,
+        fabric=make_fabric(schedule.device, precision=schedule.precision),
+        checkpoint=work.folder / "training.safetensors",
+        title=title,
+        watch=work.watch,
+    )

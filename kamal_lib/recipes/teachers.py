@@ -17,12 +17,12 @@ import kamal_lib.losses
 from kamal_lib import devices, engine, evaluation, metrics, sample, tasks
 from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.transforms import train_transform
-from kamal_lib.engine import Schedule, fit, make_fabric, predict
+from kamal_lib.engine import Schedule, make_fabric, predict
 from kamal_lib.metrics import image_states, inherited_errors
 from kamal_lib.models import blocks, encoder_decoder, imagenet
 from kamal_lib.models.encoder_decoder import VGG16, Architecture, EncoderDecoder, build_network
 from kamal_lib.recipes import data
-from kamal_lib.recipes.data import Data, batches, scores, tasks_of
+from kamal_lib.recipes.data import Data, batches, fitted, scores, tasks_of
 from kamal_lib.tasks import DirectObjective, SoftSegmentation, Task
 
 SOURCES: tuple[ModuleType, ...] = (
@@ -98,25 +98,20 @@ class TaskTeacher(Recipe):
 
     def train(self, work: Work) -> Result:
         """Eq. 1, 3 or 4 against the ground truth, with flips and, where `scale` says so, scaled crops."""
-        fabric = make_fabric(self.schedule.device, precision=self.schedule.precision)  # no GPU: said first
+        make_fabric(self.schedule.device, precision=self.schedule.precision)  # no GPU: said first
         network = self.fresh()
         network.blocks.load_state_dict(work.load(self.start).weights())
         objective = DirectObjective(network, tasks_of(self.data))
         augment = train_transform(self.data.size, scale=self.scale, flip=0.5)
-        history = fit(
+        images = self.data.teaching(self.labels)
+        history = fitted(
             objective,
-            batches(
-                self.data.teaching(self.labels),
-                self.schedule,
-                seed=self.start.seed,
-                shuffle=True,
-                transform=augment,
-            ),
+            images,
             self.schedule,
-            fabric=fabric,
-            checkpoint=work.folder / "training.safetensors",
+            work,
             title=self.name(),
-            watch=work.watch,
+            seed=self.start.seed,
+            transform=augment,
         )
         return Result(network.state_dict(), scores(network, self.data, self.schedule), history)
 
