@@ -21,7 +21,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -82,10 +82,12 @@ class Work:
     folder: Path
     parents: Mapping[str, Artifact]
     watch: Watch | None = None
+    known: dict[str, str] = field(default_factory=dict)
+    """Keys by repr, see `key`."""
 
     def load(self, parent: "Recipe") -> Artifact:
         """The artefact of a parent. Raises ValueError for a recipe that was not declared as one."""
-        if (name := key(parent)) in self.parents:
+        if (name := key(parent, self.known)) in self.parents:
             return self.parents[name]
         raise ValueError(f"{parent!r} is no declared parent: make it a field, or return it from parents()")
 
@@ -115,12 +117,17 @@ class Recipe(Protocol):
         return type(self).__name__.lower()
 
 
-def key(recipe: Recipe) -> str:
+def key(recipe: Recipe, known: dict[str, str] | None = None) -> str:
     """Sixteen hex digits that stand for all that the recipe's result depends on.
 
-    Raises TypeError for a field that has no exact JSON form, and for a source module without a file.
+    `known` collects the keys of the recipe and its ancestors by their repr: a student among the teachers of
+    another has the same ones at every block. Raises TypeError for a field that has no exact JSON form, and
+    for a source module without a file.
     """
-    return _digest(_identity(recipe, {}))
+    known = {} if known is None else known
+    if (said := repr(recipe)) not in known:  # not by ==, for which 1, 1.0 and True are one
+        known[said] = _digest(_identity(recipe, {}, known))
+    return known[said]
 
 
 def load_or_train(
@@ -143,13 +150,24 @@ def load_or_train(
     Raises StoreError if the store cannot be written, ValueError if two weights share memory, RuntimeError in
     the other processes if process 0 failed.
     """
+    return _load_or_train(recipe, store, progress, watch, {})
+
+
+def _load_or_train(
+    recipe: Recipe,
+    store: Path,
+    progress: Callable[[str], object],
+    watch: Watch | None,
+    known: dict[str, str],
+) -> Artifact:
+    """`load_or_train` with the keys that are already known."""
     parents: dict[str, Recipe] = {}
-    identity = _identity(recipe, parents)
+    identity = _identity(recipe, parents, known)
     name = re.sub(r"[^\w.-]+", "-", recipe.name()).strip(".-") or "unnamed"
     folder = store / f"{name}-{_digest(identity)}"
     line = Line(folder.name)
     if line.rank:
-        return _train_along(recipe, folder, identity, parents, watch, line)
+        return _train_along(recipe, folder, identity, parents, watch, line, known)
     found = None
     with line.open():
         with suppress(DamagedError, FileNotFoundError):
@@ -157,9 +175,9 @@ def load_or_train(
         if found is None:
             line.say("parents")
             # Parents come before the lock: no process then holds one lock while it waits for another.
-            loaded = {of: load_or_train(parent, store, progress=progress) for of, parent in parents.items()}
+            loaded = {of: _load_or_train(p, store, progress, None, known) for of, p in parents.items()}
             with _locked(store, folder.name, progress):
-                work = Work(_work_folder(folder), loaded, watch)
+                work = Work(_work_folder(folder), loaded, watch, known)
                 found = _train_once(recipe, name, folder, identity, work, progress, line)
         line.say("stored")
         return found
@@ -209,13 +227,14 @@ def _train_along(
     parents: Mapping[str, Recipe],
     watch: Watch | None,
     line: Line,
+    known: dict[str, str],
 ) -> Artifact:
     """`load_or_train` in a process other than 0: it does what process 0 says, and writes nothing."""
     if line.hear() == "parents":
-        loaded = {of: load_or_train(parent, folder.parent) for of, parent in parents.items()}
+        loaded = {of: _load_or_train(p, folder.parent, print, None, known) for of, p in parents.items()}
         if line.hear() == "train":
             try:
-                recipe.train(Work(_work_folder(folder), loaded, watch))
+                recipe.train(Work(_work_folder(folder), loaded, watch, known))
             except Exception as error:
                 if reason := line.failure():
                     error.add_note(reason)
@@ -265,34 +284,36 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
 
 
-def _identity(recipe: Recipe, parents: dict[str, Recipe]) -> dict[str, Any]:
+def _identity(recipe: Recipe, parents: dict[str, Recipe], known: dict[str, str]) -> dict[str, Any]:
     """What the key is the hash of; fills `parents` with the recipe's direct parents by key."""
-    config = _record(recipe, parents)
-    parents |= {key(parent): parent for parent in recipe.parents()}
+    config = _record(recipe, parents, known)
+    parents |= {key(parent, known): parent for parent in recipe.parents()}
     version = torch.__version__.split("+")[0]
     sources = _fingerprint(recipe.sources())
     return {"config": config, "parents": sorted(parents), "torch": version, "sources": sources}
 
 
-def _record(value: Any, parents: dict[str, Recipe]) -> dict[str, Any]:
+def _record(value: Any, parents: dict[str, Recipe], known: dict[str, str]) -> dict[str, Any]:
     # The class without its module, which is __main__ or kamal_lib.recipes depending on who started Python.
     name = type(value).__qualname__
     if not is_dataclass(value) or not type(value).__dataclass_params__.frozen:  # pyright: ignore
         raise TypeError(f"{name} is no frozen dataclass: put @dataclass(frozen=True) above it")
-    config = {f.name: _plain(getattr(value, f.name), f"{name}.{f.name}", parents) for f in fields(value)}
+    config = {
+        f.name: _plain(getattr(value, f.name), f"{name}.{f.name}", parents, known) for f in fields(value)
+    }
     return {"class": name, **config}
 
 
-def _plain(value: Any, where: str, parents: dict[str, Recipe]) -> Any:
+def _plain(value: Any, where: str, parents: dict[str, Recipe], known: dict[str, str]) -> Any:
     if isinstance(value, int | str | None) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, tuple):
-        return [_plain(item, f"{where}[{i}]", parents) for i, item in enumerate(value)]
+        return [_plain(item, f"{where}[{i}]", parents, known) for i, item in enumerate(value)]
     if isinstance(value, Recipe):
-        parents[name := key(value)] = value
+        parents[name := key(value, known)] = value
         return {"class": type(value).__qualname__, "key": name}
     if is_dataclass(value):
-        return _record(value, parents)
+        return _record(value, parents, known)
     raise TypeError(
         f"{where} is {value!r} of type {type(value).__name__}; for an exact key it must be None, bool, int, "
         f"finite float, str, a frozen dataclass, a recipe, or a tuple of these"

@@ -122,7 +122,7 @@ def test_sigkill_in_any_stage_then_the_same_weights(game, finished, tmp_path):
         "engine.fit.__kwdefaults__['save_every'] = 0.0\n"
         "command.main(['target_net', '--profile', 'smoke'])\n"
     )
-    for stage in ("segmentation-teacher", "student-block-02", "target-net"):
+    for stage in ("segmentation-teacher", "student-block-02", "target-net-2"):
         with subprocess.Popen(
             [sys.executable, "-c", code, stage],
             env=environment,

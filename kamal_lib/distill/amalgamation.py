@@ -1,9 +1,11 @@
-"""Knowledge amalgamation, block by block (Ye et al., section 5.1): Eqs. 5, 6 and 7.
+"""Knowledge amalgamation, block by block (Ye et al., sections 5.1 and 5.2): Eqs. 5 to 9.
 
 The student learns block n "intertwined with the teachers": its features F_u^n are projected into each
 teacher's domain by that teacher's channel coding, take the place of the teacher's own features of block n,
 and the rest of the teacher turns them into a prediction. The loss compares that prediction with the one
 which the whole teacher made of the same image. No label takes part.
+
+Eqs. 8 and 9 are Eq. 6 with other teachers: offline there is one more, online a TargetNet is one of them.
 """
 
 import math
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from kamal_lib.models.blocks import Activation
 from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import EncoderDecoder, check_block
+from kamal_lib.models.target_net import Network, teacher_of_task
 from kamal_lib.tasks import Task, task_losses
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -34,7 +37,7 @@ class _Block(nn.Module):
     def __init__(
         self,
         student: EncoderDecoder,
-        teachers: Mapping[str, EncoderDecoder],
+        teachers: Mapping[str, Network],
         codings: Mapping[str, ChannelCoding],
         n: int,
         weights: Mapping[str, float],
@@ -75,7 +78,10 @@ class _Block(nn.Module):
 
 
 class BlockObjective(_Block):
-    """Eq. 6 at block n: L_u = Σ_t λ_t L_t(target, prediction of teacher t with F_ut^n in place of F_t^n).
+    """Eq. 6 at block n: L_u = Σ_t λ_t L_t(target, prediction of task t with F_ut^n in place of F_t^n).
+
+    With three teachers it is Eq. 8. With a TargetNet among them, whose coding is the U-coding, it is Eq. 9:
+    λ_1 L_norm + λ_2 L_u2 is the same sum, with λ_2 multiplied into the weights of the TargetNet's tasks.
 
     What learns is block n of the student and its codings; they are this module's parameters and its whole
     state. Blocks 1..n−1 of the student and the teachers are used frozen, and stay in eval mode whatever is
@@ -85,14 +91,14 @@ class BlockObjective(_Block):
 
     A batch holds images and, as targets, the teachers' own stored predictions. One coding serves each
     teacher, so a teacher of two tasks has one. Raises ValueError for n outside 1..N, for teachers that do
-    not share the student's blocks or are in training mode, for a coding or a weight that is missing, and for
-    other `switches`.
+    not share the student's blocks or are in training mode, for two teachers of one task, for a coding or a
+    task that is missing, for weights that are not those of the teachers' tasks, and for other `switches`.
     """
 
     def __init__(
         self,
         student: EncoderDecoder,
-        teachers: Mapping[str, EncoderDecoder],
+        teachers: Mapping[str, Network],
         codings: Mapping[str, ChannelCoding],
         n: int,
         *,
@@ -102,9 +108,14 @@ class BlockObjective(_Block):
         switches: str = "student",
     ):
         super().__init__(student, teachers, codings, n, weights, train_prefix)
-        named = {task for teacher in teachers.values() for task in teacher.heads}
-        if missing := sorted(named - set(weights)):
-            raise ValueError(f"tasks {missing} have no weight λ in Eq. 6: got {dict(weights)}")
+        named = set(teacher_of_task(teachers))
+        if named != set(weights):
+            raise ValueError(
+                f"Eq. 6 needs one weight λ for each of the tasks {sorted(named)} of the teachers, "
+                f"got {dict(weights)}"
+            )
+        if missing := sorted(named - set(tasks)):
+            raise ValueError(f"the teachers predict {missing}, which is no task here: got {sorted(tasks)}")
         if switches not in ("student", "teacher"):
             raise ValueError(f"switches must be 'student' or 'teacher', got {switches!r}")
         self.tasks, self.switches = dict(tasks), switches
@@ -136,7 +147,7 @@ class FeatureObjective(_Block):
     def __init__(
         self,
         student: EncoderDecoder,
-        teachers: Mapping[str, EncoderDecoder],
+        teachers: Mapping[str, Network],
         codings: Mapping[str, ChannelCoding],
         n: int,
         *,
@@ -159,26 +170,27 @@ class FeatureObjective(_Block):
         return losses
 
 
-def check_same_blocks(student: EncoderDecoder, teacher: EncoderDecoder, name: str) -> None:
+def check_same_blocks(student: EncoderDecoder, teacher: Network, name: str) -> None:
     """Raises ValueError unless the teacher's blocks have the student's channels and pools, block by block.
 
     Any module that maps an Activation to the next can be a block, whoever built it, if it says its
     `channels` and whether it halves or doubles the size (`pool`).
     """
     ours = [(block.channels, block.pool) for block in student.blocks]
-    theirs = [(block.channels, block.pool) for block in teacher.blocks]
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"the {name} teacher has {len(theirs)} blocks and the student {len(ours)}: amalgamation pairs "
-            f"block n with block n, so build the student with the teachers' architecture"
-        )
-    for n, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
-        if a != b:
+    for task in teacher.tasks:
+        theirs = [(block.channels, block.pool) for block in teacher.blocks_of(task)]
+        if len(ours) != len(theirs):
             raise ValueError(
-                f"block {n} of the {name} teacher has {b[0]} channels and {'a' if b[1] else 'no'} pool, the "
-                f"student's has {a[0]} and {'a' if a[1] else 'no'} pool: channel coding scales channels and "
-                f"keeps their number, so build the student with the teachers' architecture"
+                f"the {name} teacher has {len(theirs)} blocks and the student {len(ours)}: amalgamation "
+                f"pairs block n with block n, so build the student with the teachers' architecture"
             )
+        for n, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
+            if a != b:
+                raise ValueError(
+                    f"block {n} of the {name} teacher has {b[0]} channels and {'a' if b[1] else 'no'} pool, "
+                    f"the student's has {a[0]} and {'a' if a[1] else 'no'} pool: channel coding scales "
+                    f"channels and keeps their number, so build the student with the teachers' architecture"
+                )
 
 
 def branch_points(losses: Mapping[str, Sequence[float | None]]) -> dict[str, int]:

@@ -86,6 +86,20 @@ class EncoderDecoder(nn.Module):
         """The number of channels of F^1..F^N."""
         return tuple(block.channels for block in self.blocks)  # pyright: ignore[reportReturnType]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it predicts."""
+        return tuple(self.heads)
+
+    def suffix(self, task: str, n: int) -> tuple[list[nn.Module], nn.Module]:
+        """(blocks n+1..N, the task's head). Raises ValueError for n outside 0..N."""
+        check_block(n, len(self.blocks))
+        return list(self.blocks[n:]), self.heads[task]
+
+    def blocks_of(self, task: str) -> list[nn.Module]:
+        """Blocks 1..N, the same ones for every task."""
+        return self.suffix(task, 0)[0]
+
     def forward_to(self, image: Float[Tensor, "batch 3 height width"], n: int) -> Activation:
         """F^n with its switches; n = 0 is the normalised image. Raises ValueError for n outside 0..N."""
         check_block(n, len(self.blocks))

@@ -11,6 +11,21 @@ from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import EncoderDecoder, check_block, normalise
 
 
+class Coded(nn.Module):
+    """A block with a coding in front: a block like any other, which codes the features that it is given.
+
+    So the rest of a TargetNet behind block n, its own coding included, is a list of blocks again.
+    """
+
+    def __init__(self, coding: nn.Module, block: nn.Module):
+        super().__init__()
+        self.coding, self.block = coding, block
+        self.channels, self.pool = block.channels, block.pool
+
+    def forward(self, activation: Activation) -> Activation:
+        return self.block(activation.with_features(self.coding(activation.features)))
+
+
 class Branch(nn.Module):
     """What follows the trunk for one task: its coding at block `point`, blocks point+1..N, and its head."""
 
@@ -56,6 +71,30 @@ class TargetNet(nn.Module):
         """{task: p}, the trunk block whose features the task's branch reads."""
         return {task: branch.point for task, branch in self._branches()}
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it predicts."""
+        return tuple(self.branches)
+
+    def suffix(self, task: str, n: int) -> tuple[list[nn.Module], nn.Module]:
+        """(blocks n+1..N on the way to the task's response, head): what `forward_from` sends F^n through.
+
+        Up to the branch point these are the rest of the trunk, the coding, the branch; beyond it the rest of
+        the branch. Raises ValueError for a bad n.
+        """
+        branch: Branch = self.branches[task]  # pyright: ignore[reportAssignmentType]
+        check_block(n, branch.point + len(branch.blocks))
+        if n > branch.point:
+            return list(branch.blocks[n - branch.point :]), branch.head
+        rest = list(self.trunk[n : branch.point])
+        if not branch.blocks:
+            return rest, nn.Sequential(branch.coding, branch.head)
+        return [*rest, Coded(branch.coding, branch.blocks[0]), *branch.blocks[1:]], branch.head
+
+    def blocks_of(self, task: str) -> list[nn.Module]:
+        """Blocks 1..N on the way to the task's response, without any coding."""
+        return [plain(block) for block in self.suffix(task, 0)[0]]
+
     def _branches(self) -> list[tuple[str, Branch]]:
         return list(self.branches.items())  # pyright: ignore[reportReturnType]
 
@@ -76,7 +115,11 @@ class TargetNet(nn.Module):
 
     def forward_to(self, image: Float[Tensor, "batch 3 height width"], n: int) -> Activation:
         """The trunk's F^n. Raises ValueError for n outside 0..first branch point, where the tasks part."""
-        check_block(n, min(self.branch_points.values()))
+        if not 0 <= n <= (first := min(self.branch_points.values())):
+            raise ValueError(
+                f"this TargetNet has one F^n for n = 0..{first} only, got n = {n}: its tasks part at "
+                f"{self.branch_points}"
+            )
         activation = Activation(normalise(image))
         for block in self.trunk[:n]:
             activation = block(activation)
@@ -100,33 +143,60 @@ class TargetNet(nn.Module):
         return self.forward_from(self.forward_to(image, 0), 0)
 
 
+def plain(block: nn.Module) -> nn.Module:
+    """The block itself, without the codings in front of it."""
+    while isinstance(block, Coded):
+        block = block.block
+    return block
+
+
+Network = EncoderDecoder | TargetNet
+"""What can teach: it has `tasks`, can be cut (`forward_to`, `forward_from`) and taken apart (`suffix`)."""
+
+
+def teacher_of_task(teachers: Mapping[str, Network]) -> dict[str, str]:
+    """{task: name of its teacher}. Raises ValueError where two teachers have the same task."""
+    found: dict[str, str] = {}
+    for name, teacher in teachers.items():
+        for task in teacher.tasks:
+            if task in found:
+                raise ValueError(
+                    f"{found[task]} and {name} both teach {task}: the student learns a task from one "
+                    f"teacher, so leave one of them out"
+                )
+            found[task] = name
+    return found
+
+
 def branch_out(
     student: EncoderDecoder,
     codings: Mapping[str, Sequence[ChannelCoding]],
-    teachers: Mapping[str, EncoderDecoder],
+    teachers: Mapping[str, Network],
     points: Mapping[str, int],
 ) -> TargetNet:
     """Step 4 of section 5.1: the student's trunk, and the corresponding blocks of the teachers as branches.
 
-    codings[task][n - 1] is the task's coding at block n, points[task] its branch block. Everything is copied:
-    fine-tuning the result, all of which learns, changes neither student nor teachers. Raises ValueError for
-    a branch outside the decoder, N/2 < p <= N.
+    codings[teacher][n - 1] is the teacher's coding at block n, points[task] the task's branch block. A task
+    of a TargetNet gets that one's blocks on its way: up to its own branch point those of the trunk, and there
+    its own coding. Everything is copied: fine-tuning the result, all of which learns, changes neither student
+    nor teachers. Raises ValueError for a branch outside the decoder, N/2 < p <= N, for points that are not
+    those of the teachers' tasks, and for two teachers of one task.
     """
-    total = len(student.blocks)
+    total, names = len(student.blocks), teacher_of_task(teachers)
+    if set(points) != set(names):
+        raise ValueError(
+            f"each task of the teachers needs one branch point: {sorted(names)}, got {dict(points)}"
+        )
     for task, point in points.items():
         if not total // 2 < point <= total:
             raise ValueError(
                 f"{task} cannot branch out at block {point}: the decoder's blocks are "
                 f"{total // 2 + 1}..{total} (Eq. 7)"
             )
-    branches = {
-        task: Branch(
-            point,
-            deepcopy(codings[task][point - 1]),
-            deepcopy(list(teachers[task].blocks[point:])),
-            deepcopy(teachers[task].heads[task]),
-        )
-        for task, point in points.items()
-    }
+    branches = {}
+    for task, point in points.items():
+        blocks, head = teachers[names[task]].suffix(task, point)
+        coding = codings[names[task]][point - 1]
+        branches[task] = Branch(point, deepcopy(coding), deepcopy(blocks), deepcopy(head))
     trunk = deepcopy(list(student.blocks[: max(points.values())]))
     return TargetNet(trunk, branches).requires_grad_(True)  # whatever was frozen in the originals

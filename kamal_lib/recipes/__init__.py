@@ -10,8 +10,9 @@ from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent, Studen
 from kamal_lib.recipes.baselines import MultiHead, SelfDistilled
 from kamal_lib.recipes.data import NYUv2Data, RoomsData, batches, scores, tasks_of
 from kamal_lib.recipes.label_curve import label_curve
-from kamal_lib.recipes.profiles import PROFILES, WholeGame, task_teachers, whole_game
+from kamal_lib.recipes.profiles import PROFILES, WholeGame, arrivals, task_teachers, whole_game
 from kamal_lib.recipes.teachers import CommonStart, ImageScores, Inherited, Predictions, TaskTeacher
+from kamal_lib.recipes.three_teachers import three_teachers
 from kamal_lib.recipes.two_teachers import GROUPS, full_size, two_teachers
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "StudentBlock",
     "TaskTeacher",
     "WholeGame",
+    "arrivals",
     "batches",
     "full_size",
     "label_curve",
@@ -37,6 +39,7 @@ __all__ = [
     "scores",
     "task_teachers",
     "tasks_of",
+    "three_teachers",
     "trained",
     "two_teachers",
     "whole_game",

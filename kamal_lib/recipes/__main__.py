@@ -5,34 +5,38 @@ import argparse
 from kamal_lib.engine import make_fabric
 from kamal_lib.processes import processes
 from kamal_lib.recipes import (
-    GROUPS,
     PROFILES,
     ImageScores,
     label_curve,
     task_teachers,
     trained,
-    two_teachers,
     whole_game,
 )
+from kamal_lib.recipes.three_teachers import GROUPS as THREE
+from kamal_lib.recipes.three_teachers import three_teachers
+from kamal_lib.recipes.two_teachers import GROUPS as TWO
+from kamal_lib.recipes.two_teachers import two_teachers
 
-STAGES = ("teachers", "blocks", "target_net", "label_curve", "two_teachers")
+STUDIES = {"two_teachers": (two_teachers, TWO), "three_teachers": (three_teachers, THREE)}
+STAGES = ("teachers", "blocks", "target_net", "label_curve", *STUDIES)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains one stage of a run, and what it needs, in resumable pieces; prints its metrics."""
     parser = argparse.ArgumentParser(prog="python -m kamal_lib.recipes", description=main.__doc__)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--rows", choices=list(GROUPS), help="of the stage two_teachers")
+    parser.add_argument("--rows", choices=list(TWO | THREE), help="of two_teachers or three_teachers")
     parser.add_argument("--profile", choices=list(PROFILES))
     parser.add_argument("--data", default="rooms", choices=["rooms", "nyuv2"])
     parser.add_argument("--data-root")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="random", choices=["random", "imagenet"])
     options = parser.parse_args(arguments)
-    if options.stage in ("label_curve", "two_teachers") and options.start != "random":
+    if options.stage in ("label_curve", *STUDIES) and options.start != "random":
         parser.error(f"the study's rule starts all teachers at random: leave --start out for {options.stage}")
-    if (options.rows is None) == (options.stage == "two_teachers"):
-        parser.error(f"--rows goes with the stage two_teachers: one of {', '.join(GROUPS)}")
+    if options.rows not in STUDIES.get(options.stage, (None, (None,)))[1]:
+        there = (f"{stage}: {', '.join(groups)}" for stage, (_, groups) in STUDIES.items())
+        parser.error(f"--rows goes with the stages {'; '.join(there)}")
     first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}
@@ -44,8 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
                 if first:
                     print(teacher.name(), teacher.labels or "usual", "labels", found)
             return
-        if options.stage == "two_teachers":
-            for row, networks in two_teachers(options.rows, options.profile, **run).items():
+        if options.stage in STUDIES:
+            of_study, _ = STUDIES[options.stage]
+            for row, networks in of_study(options.rows, options.profile, **run).items():
                 for network in networks:
                     trained(ImageScores(network))  # of the network, which is trained first
                     if first:

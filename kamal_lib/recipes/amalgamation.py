@@ -1,7 +1,8 @@
-"""The stages of knowledge amalgamation (Ye et al., section 5.1), each trained once and kept in the store.
+"""The stages of knowledge amalgamation (Ye et al., section 5), each trained once and kept in the store.
 
 The student's blocks 1..N and the TargetNet: each is a frozen dataclass whose `train` makes it from its
-parents, and whose `build` turns stored weights into a network.
+parents, and whose `build` turns stored weights into a network. A TargetNet's recipe is a teacher's, too: an
+`Amalgamation` of it and of one more teacher is the online way of section 5.2.
 """
 
 import sys
@@ -22,7 +23,7 @@ from kamal_lib.engine import Schedule, make_fabric, mean_losses
 from kamal_lib.models import coding, target_net
 from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import EncoderDecoder, build_network
-from kamal_lib.models.target_net import TargetNet, branch_out
+from kamal_lib.models.target_net import Network, TargetNet, branch_out
 from kamal_lib.recipes import teachers as teachers_module
 from kamal_lib.recipes.data import Data, batches, fitted, scores
 from kamal_lib.recipes.teachers import Predictions, TaskTeacher, student_tasks
@@ -40,8 +41,8 @@ class Amalgamation:
     """How blocks 1..N of one student are trained; what the paper leaves open or decides against is an option.
 
     * `weights`: the λ_t of Eq. 6, one (task, λ) pair a task, fixed for all blocks.
-    * `start`: of the student; "common" with its teachers, the task of the teacher to copy, or "unrelated", a
-      random draw of its own. (The paper: ImageNet weights.)
+    * `start`: of the student; "common" with its teachers, the task whose blocks to copy from its teacher, or
+      "unrelated", a random draw of its own. (The paper: ImageNet weights.)
     * `gain`, `mix`: of the codings, see `ChannelCoding`.
     * `train_prefix`: blocks 1..n learn at step n; Eq. 7 then reads losses and codings of earlier blocks that
       have since moved on.
@@ -51,11 +52,13 @@ class Amalgamation:
     * `decoder_only`: the encoder stays as it started.
     * `placebo`: every training image is given the predictions of another one.
 
-    Raises ValueError for weights that do not fit the teachers, for teachers of different data, for options
-    that do not exist, and for `decoder_only` with `train_prefix`, which would train the encoder.
+    `teachers` are recipes of networks with one task or, of a TargetNet, with several. Raises ValueError for
+    two teachers of one task, for weights that do not fit the teachers, for teachers of different data, for
+    options that do not exist, for `decoder_only` with `train_prefix`, which would train the encoder, and for
+    a TargetNet's features or switches, which it has only up to its first branch.
     """
 
-    teachers: tuple[TaskTeacher, ...]
+    teachers: tuple["TaskTeacher | BranchedStudent", ...]
     weights: tuple[tuple[str, float], ...]
     blocks: Schedule
     start: str = "segmentation"
@@ -70,7 +73,12 @@ class Amalgamation:
     placebo: bool = False
 
     def __post_init__(self):
-        named, tasks = dict(self.weights), [t.task for t in self.teachers]
+        named, tasks = dict(self.weights), self.named()
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(
+                f"two teachers teach the same task, got {[t.tasks for t in self.teachers]}: a student learns "
+                "a task from one of them, and none can arrive twice"
+            )
         if set(named) != set(tasks) or min(named.values(), default=0) <= 0:
             raise ValueError(
                 f"weights must give each task of the teachers, {tasks}, one λ > 0, got {self.weights}"
@@ -82,6 +90,12 @@ class Amalgamation:
             )
         if self.decoder_only and self.train_prefix:
             raise ValueError("decoder_only leaves the encoder as it is, train_prefix trains it: choose one")
+        own = self.loss == "features" or self.switches == "teacher"
+        if own and (branched := [t.key for t in self.teachers if isinstance(t, BranchedStudent)]):
+            raise ValueError(
+                f"the TargetNet of {', '.join(branched)} has one F^n up to its first branch only: with it as "
+                "a teacher take loss='predictions' and switches='student'"
+            )
         choices = {
             "start": (self.start, ("common", "unrelated", *tasks)),
             "loss": (self.loss, ("predictions", "features")),
@@ -90,6 +104,10 @@ class Amalgamation:
         for option, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def named(self) -> list[str]:
+        """The names of all tasks, in the order of the teachers."""
+        return [task for teacher in self.teachers for task in teacher.tasks]
 
     @property
     def data(self) -> Data:
@@ -106,14 +124,14 @@ class Amalgamation:
         return student_tasks(self.data, soft=self.soft)
 
     def fresh(self) -> tuple[EncoderDecoder, dict[str, list[ChannelCoding]]]:
-        """A student without head, its start still to be given, and, for each task, one coding a block."""
+        """A student without head, its start still to be given, and, for each teacher, one coding a block."""
         first = self.teachers[0].start
         other = 10**6 if self.start == "unrelated" else 0  # another draw than that of any run's teachers
         student = build_network(first.architecture, {}, seed=first.seed + other)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             codings = {
-                t.task: [ChannelCoding(c, gain=self.gain, mix=self.mix) for c in student.channels]
+                t.key: [ChannelCoding(c, gain=self.gain, mix=self.mix) for c in student.channels]
                 for t in self.teachers
             }
         return student, codings
@@ -124,7 +142,9 @@ class Amalgamation:
         if self.start == "common":
             student.blocks.load_state_dict(work.load(self.teachers[0].start).weights())
         elif self.start != "unrelated":
-            student.blocks.load_state_dict(self.networks(work)[self.start].blocks.state_dict())
+            (giver,) = (t for t in self.teachers if self.start in t.tasks)
+            blocks = self.networks(work)[giver.key].blocks_of(self.start)
+            student.blocks.load_state_dict(nn.ModuleList(blocks).state_dict())
         return student, codings
 
     def taught(self, part: str, work: Work) -> Dataset:
@@ -135,14 +155,19 @@ class Amalgamation:
             targets = {key: value[others(len(value), self.seed)] for key, value in targets.items()}
         return WithTargets(self.data.part(part), targets)
 
-    def networks(self, work: Work) -> dict[str, EncoderDecoder]:
-        """{task: teacher}."""
-        return {t.task: t.build((a := work.load(t)).weights(), a.metrics) for t in self.teachers}
+    def networks(self, work: Work) -> dict[str, Network]:
+        """{name: teacher}; a teacher of one task is named after it."""
+        return {t.key: t.build((a := work.load(t)).weights(), a.metrics) for t in self.teachers}
+
+    def structure(self, work: Work) -> dict[str, dict]:
+        """{name: where it branched, and its teachers} of each TargetNet among the teachers."""
+        nets = {t.key: work.load(t).metrics for t in self.teachers if isinstance(t, BranchedStudent)}
+        return {name: {key: m[key] for key in ("branch_points", "teachers")} for name, m in nets.items()}
 
     def predictions(self) -> tuple[Predictions, ...]:
         """The stored predictions that the student learns from and is measured on."""
         return tuple(
-            Predictions(t, part, soft=self.soft and t.task == "segmentation")
+            Predictions(t, part, soft=self.soft and "segmentation" in t.tasks)
             for t in self.teachers
             for part in ("unlabelled", "validation")
         )
@@ -187,7 +212,7 @@ class StudentBlock(Recipe):
     def build(
         self, weights: Mapping[str, Tensor], metrics: Mapping
     ) -> tuple[EncoderDecoder, dict[str, list[ChannelCoding]]]:
-        """(student, {task: codings}) with the given weights."""
+        """(student, {teacher: codings}) with the given weights."""
         student, codings = self.amalgamation.fresh()
         both = together(student, codings)
         both.load_state_dict(dict(weights))
@@ -204,8 +229,8 @@ class StudentBlock(Recipe):
             losses, own = before.metrics["losses"], before.metrics["own_losses"]
         else:
             student, codings = plan.started(work)
-            losses, own = ({t.task: [None] * (self.n - 1) for t in plan.teachers} for _ in range(2))
-        here = {task: coding[self.n - 1] for task, coding in codings.items()}
+            losses, own = ({task: [None] * (self.n - 1) for task in plan.named()} for _ in range(2))
+        here = {name: coding[self.n - 1] for name, coding in codings.items()}
         given = (student, teachers, here, self.n)
         weights = dict(plan.weights)
         at_test = BlockObjective(*given, tasks=plan.tasks(), weights=weights, train_prefix=plan.train_prefix)
@@ -247,7 +272,22 @@ class BranchedStudent(Recipe):
         return SOURCES
 
     def name(self) -> str:
-        return "target-net"
+        return f"target-net-{len(self.tasks)}"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it has learned, in the order of its teachers; what it teaches, where it is a teacher."""
+        return tuple(self.amalgamation.named())
+
+    @property
+    def key(self) -> str:
+        """Its name among a student's teachers."""
+        return "+".join(self.tasks)
+
+    @property
+    def start(self) -> teachers_module.CommonStart:
+        """Of its teachers."""
+        return self.amalgamation.teachers[0].start
 
     @property
     def data(self) -> Data:
@@ -262,19 +302,23 @@ class BranchedStudent(Recipe):
     @property
     def last_block(self) -> StudentBlock:
         """Block N, after which the student branches out."""
-        return StudentBlock(self.amalgamation.teachers[0].start.architecture.blocks, self.amalgamation)
+        return StudentBlock(self.start.architecture.blocks, self.amalgamation)
 
     def parents(self) -> tuple[Recipe, ...]:
         return (self.last_block, *self.amalgamation.predictions())
+
+    def fresh(self, metrics: Mapping) -> TargetNet:
+        """Before any training, branched as `metrics` say, and so are the TargetNets among its teachers."""
+        student, codings = self.amalgamation.fresh()
+        teachers = {t.key: t.fresh(metrics["teachers"].get(t.key)) for t in self.amalgamation.teachers}
+        return branch_out(student, codings, teachers, metrics["branch_points"])
 
     def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> TargetNet:
         """The network with the given weights, branched as `metrics` say.
 
         Raises ValueError for the weights of a network that branched elsewhere.
         """
-        student, codings = self.amalgamation.fresh()
-        teachers = {t.task: t.fresh() for t in self.amalgamation.teachers}
-        target_net = branch_out(student, codings, teachers, metrics["branch_points"])
+        target_net = self.fresh(metrics)
         target_net.load_weights(weights)
         return target_net.eval()
 
@@ -284,10 +328,9 @@ class BranchedStudent(Recipe):
         student, codings = self.last_block.build(artifact.weights(), artifact.metrics)
         points = branch_points(artifact.metrics["losses"]) if self.points is None else dict(self.points)
         target_net = branch_out(student, codings, plan.networks(work), points)
-        objective, images = (
-            DirectObjective(target_net, plan.tasks(), dict(plan.weights)),
-            plan.taught("unlabelled", work),
-        )
+        images = plan.taught("unlabelled", work)
+        objective = DirectObjective(target_net, plan.tasks(), dict(plan.weights))
         history = fitted(objective, images, self.fine_tuning, work, title=self.name(), seed=plan.seed)
-        found = scores(target_net, plan.data, self.fine_tuning)
-        return Result(target_net.state_dict(), {"branch_points": points, **found}, history)
+        found = {"branch_points": points, "teachers": plan.structure(work)}
+        found |= scores(target_net, plan.data, self.fine_tuning)
+        return Result(target_net.state_dict(), found, history)

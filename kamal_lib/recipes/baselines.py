@@ -16,8 +16,7 @@ from torch.utils.data import Dataset
 from kamal_lib.artifacts import Recipe, Result, Work
 from kamal_lib.data.transforms import train_transform
 from kamal_lib.engine import Schedule
-from kamal_lib.models.encoder_decoder import EncoderDecoder
-from kamal_lib.models.target_net import TargetNet, branch_out
+from kamal_lib.models.target_net import Network, TargetNet, branch_out
 from kamal_lib.recipes import amalgamation
 from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent
 from kamal_lib.recipes.data import Data, fitted, scores, tasks_of
@@ -85,8 +84,8 @@ class MultiHead(Recipe):
     def train(self, work: Work) -> Result:
         """All of the network at once against its targets."""
         plan = self.student.amalgamation
-        points = work.load(self.student).metrics["branch_points"]
-        network = branch_out(*plan.started(work), plan.networks(work), points)
+        branched = {key: work.load(self.student).metrics[key] for key in ("branch_points", "teachers")}
+        network = branch_out(*plan.started(work), plan.networks(work), branched["branch_points"])
         images: Dataset
         if self.targets == "teachers":
             images, tasks, augment = plan.taught("unlabelled", work), plan.tasks(), None
@@ -99,7 +98,7 @@ class MultiHead(Recipe):
         history = fitted(
             objective, images, schedule, work, title=self.name(), seed=plan.seed, transform=augment
         )
-        found = {"branch_points": points, "epochs": schedule.epochs, **scores(network, plan.data, schedule)}
+        found = {**branched, "epochs": schedule.epochs, **scores(network, plan.data, schedule)}
         return Result(network.state_dict(), found, history)
 
 
@@ -116,7 +115,7 @@ class SelfDistilled(Recipe):
     task: str
 
     def __post_init__(self):
-        if self.task not in (there := [t.task for t in self.amalgamation.teachers]):
+        if self.task not in (there := [t.key for t in self.amalgamation.teachers]):
             raise ValueError(f"task must be one of the teachers', {', '.join(there)}, got {self.task!r}")
 
     def sources(self) -> tuple[ModuleType, ...]:
@@ -126,9 +125,9 @@ class SelfDistilled(Recipe):
         return f"self-distilled-{self.task}"
 
     @property
-    def teacher(self) -> TaskTeacher:
+    def teacher(self) -> TaskTeacher | BranchedStudent:
         """Of the task."""
-        return next(t for t in self.amalgamation.teachers if t.task == self.task)
+        return next(t for t in self.amalgamation.teachers if t.key == self.task)
 
     @property
     def data(self) -> Data:
@@ -143,7 +142,7 @@ class SelfDistilled(Recipe):
     def parents(self) -> tuple[Recipe, ...]:
         return (*self.amalgamation.teachers, *self.amalgamation.predictions())
 
-    def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> EncoderDecoder:
+    def build(self, weights: Mapping[str, Tensor], metrics: Mapping) -> Network:
         """The network with the given weights."""
         return self.teacher.build(weights, metrics)
 

@@ -1,7 +1,7 @@
 """How large a run is: the numbers of the profiles, and the recipes of a whole run."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kamal_lib.engine import Schedule, fast_precision
@@ -142,17 +142,55 @@ def whole_game(
     """The recipes of one run with SegNet and DepthNet; the arguments are those of `task_teachers`."""
     teachers = task_teachers(profile, data=data, data_root=data_root, seed=seed, start=start)
     del teachers["normals"]
-    p = profile_named(profile)
-    schedules = p.rooms_schedules if data == "rooms" else p.nyuv2_schedules
-    plan = Amalgamation(
-        tuple(teachers.values()),
-        weights=(("segmentation", 1.0), ("depth", 4.0)),
-        blocks=schedules.block,
-        gain=2.0,  # fresh gates are open: better than half closed on held-out rooms, see CHANGELOG.md
-        seed=seed,
-    )
-    blocks = tuple(StudentBlock(n, plan) for n in range(1, p.architecture.blocks + 1))
-    return WholeGame(teachers, blocks, BranchedStudent(plan, schedules.fine_tuning))
+    student = arrivals((tuple(teachers),), teachers, profile, seed=seed)
+    last = student.last_block
+    return WholeGame(teachers, tuple(replace(last, n=n) for n in range(1, last.n + 1)), student)
+
+
+WEIGHTS = {"segmentation": 1.0, "depth": 4.0, "normals": 1.0}
+"""λ of Eqs. 6, 8 and 9, which the paper does not give."""
+
+
+def arrivals(
+    order: Sequence[Sequence[str]],
+    teachers: Mapping[str, TaskTeacher],
+    profile: str | None = None,
+    *,
+    seed: int = 0,
+) -> BranchedStudent:
+    """The student that learns the tasks of `order`, group by group (Ye et al., section 5.2).
+
+    The TargetNet of one group is a teacher beside those of the next: (("segmentation", "depth", "normals"),)
+    is the offline way, Eq. 8; (("segmentation", "depth"), ("normals",)) the online way, Eq. 9. It starts as
+    a copy of the first task's teacher. Blocks and fine-tuning are the profile's, once for each group.
+
+    Raises ValueError for a task without a teacher or that arrives twice, and for a group without a task.
+    """
+    tasks = [task for group in order for task in group]
+    if not order or not all(order) or not set(tasks) <= set(teachers):
+        raise ValueError(
+            f"an order of arrival is groups of one task or more, of {', '.join(teachers)}, got {order}"
+        )
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise ValueError(
+            f"{', '.join(twice)} would arrive again after it was learned, got {order}: an order of arrival "
+            "has no cycle, name each task once"
+        )
+    p, before = profile_named(profile), tuple[BranchedStudent, ...]()
+    rooms = isinstance(teachers[tasks[0]].data, RoomsData)
+    schedules = p.rooms_schedules if rooms else p.nyuv2_schedules
+    for group in order:
+        together = (*before, *(teachers[task] for task in group))
+        plan = Amalgamation(
+            together,
+            weights=tuple((task, WEIGHTS[task]) for teacher in together for task in teacher.tasks),
+            blocks=schedules.block,
+            start=tasks[0],
+            gain=2.0,  # fresh gates are open: better than half closed on held-out rooms, see CHANGELOG.md
+            seed=seed,
+        )
+        before = (BranchedStudent(plan, schedules.fine_tuning),)
+    return before[0]
 
 
 def profile_named(name: str | None) -> Profile:

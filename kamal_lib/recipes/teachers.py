@@ -85,7 +85,17 @@ class TaskTeacher(Recipe):
     def name(self) -> str:
         return f"{self.task}-teacher"
 
-    def fresh(self) -> EncoderDecoder:
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it teaches."""
+        return (self.task,)
+
+    @property
+    def key(self) -> str:
+        """Its name among a student's teachers."""
+        return self.task
+
+    def fresh(self, metrics: Mapping | None = None) -> EncoderDecoder:
         """The network before training, its blocks still to be given the common start."""
         channels = tasks_of(self.data)[self.task].channels
         return build_network(self.start.architecture, {self.task: channels}, seed=self.start.seed)
@@ -123,7 +133,7 @@ class Predictions(Recipe):
     With `soft`, a segmentation teacher's probabilities in half precision instead of its class ids.
     """
 
-    teacher: TaskTeacher
+    teacher: Any  # a TaskTeacher, or a BranchedStudent: a TargetNet is a teacher, too
     part: str
     soft: bool = False
 
@@ -131,22 +141,27 @@ class Predictions(Recipe):
         return SOURCES
 
     def name(self) -> str:
-        return f"{self.teacher.task}-predictions-{self.part}"
+        return f"{'-'.join(self.teacher.tasks)}-predictions-{self.part}"
 
     def train(self, work: Work) -> Result:
         """{"labels": N×H×W uint8}, {"depth": N×H×W float32}, {"normals": N×3×H×W float32}, or soft."""
-        data, schedule, name = self.teacher.data, self.teacher.schedule, self.teacher.task
-        artifact = work.load(self.teacher)
-        task = student_tasks(data, soft=self.soft)[name]
-        kind, seen = STORED.get(task.key, torch.float32), list[Tensor]()
+        data, schedule = self.teacher.data, self.teacher.schedule
+        artifact, every = work.load(self.teacher), student_tasks(self.teacher.data, soft=self.soft)
+        tasks = {name: every[name] for name in self.teacher.tasks}
+        seen: dict[str, list[Tensor]] = {task.key: [] for task in tasks.values()}
+
+        def add(predictions: dict[str, Tensor], _: dict[str, Any]) -> None:
+            for name, task in tasks.items():
+                seen[task.key].append(predictions[name].cpu().to(STORED.get(task.key, torch.float32)))
+
         predict(
             self.teacher.build(artifact.weights(), artifact.metrics),
             batches(data.part(self.part), schedule),
-            {name: task},
+            tasks,
             fabric=make_fabric(schedule.device),  # in float32: arg max of bfloat16 logits has ties
-            each=lambda predictions, _: seen.append(predictions[name].cpu().to(kind)),
+            each=add,
         )
-        return Result({task.key: torch.cat(seen)}, {}, [])
+        return Result({key: torch.cat(values) for key, values in seen.items()}, {}, [])
 
 
 STORED = {"labels": torch.uint8, "probabilities": torch.float16}

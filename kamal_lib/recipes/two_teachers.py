@@ -1,6 +1,7 @@
 """Study `ka_two_teachers`: the rows of its tables as recipes, for one seed."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,10 +12,10 @@ from kamal_lib.models.encoder_decoder import VGG16, Architecture, build_network
 from kamal_lib.models.target_net import branch_out
 from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent
 from kamal_lib.recipes.baselines import MultiHead, SelfDistilled
-from kamal_lib.recipes.data import NYUv2Data, RoomsData
+from kamal_lib.recipes.data import RoomsData
 from kamal_lib.recipes.label_curve import with_labels
-from kamal_lib.recipes.profiles import profile_named, whole_game
-from kamal_lib.recipes.teachers import CommonStart
+from kamal_lib.recipes.profiles import arrivals, profile_named, task_teachers
+from kamal_lib.recipes.teachers import CommonStart, TaskTeacher
 
 Rows = dict[str, tuple[Recipe, ...]]
 """{row of a table: the network, or one network a task}."""
@@ -49,7 +50,7 @@ def core_rows(student: BranchedStudent) -> Rows:
 
 def table_rows(student: BranchedStudent) -> Rows:
     """Decoder b1..bN/2 of Table 1: both tasks branch at that block of the decoder."""
-    tasks = [teacher.task for teacher in student.amalgamation.teachers]
+    tasks = student.amalgamation.named()
     half = student.last_block.n // 2
     return {
         f"Decoder b{k}": (replace(student, points=tuple((task, half + k) for task in tasks)),)
@@ -61,7 +62,7 @@ def baseline_rows(student: BranchedStudent) -> Rows:
     """Self-training of each task, labels instead of teachers, and predictions of other images."""
     plan = student.amalgamation
     return {
-        "self-distilled": tuple(SelfDistilled(plan, student.fine_tuning, t.task) for t in plan.teachers),
+        "self-distilled": tuple(SelfDistilled(plan, student.fine_tuning, t.key) for t in plan.teachers),
         "few labels": (MultiHead(student, "labels"),),
         "all labels": (MultiHead(student, "all labels"),),
         "placebo": (replace(student, amalgamation=replace(plan, placebo=True)),),
@@ -74,7 +75,7 @@ def option_rows(student: BranchedStudent) -> Rows:
         student.amalgamation,
         replace(student.fine_tuning, epochs=student.fine_tuning.epochs // 4 or 1),
     )
-    depth = next(teacher for teacher in plan.teachers if teacher.task == "depth")
+    depth = next(t for t in plan.teachers if t.key == "depth")
     stranger = CommonStart(depth.start.architecture, depth.start.seed + 2 * 10**6)  # another random start
     apart = tuple(replace(t, start=stranger) if t is depth else t for t in plan.teachers)
     changes: dict[str, Amalgamation] = {
@@ -105,7 +106,8 @@ def condition_rows(student: BranchedStudent) -> Rows:
     usual), or all of these together.
     """
     labels = max(1, student.data.labels()[0] // 4)
-    few = tuple(with_labels(teacher, labels) for teacher in student.amalgamation.teachers)
+    single: Any = student.amalgamation.teachers  # one task each
+    few = tuple(with_labels(teacher, labels) for teacher in single)
     less, tuning = replace(student.amalgamation, teachers=few), student.fine_tuning
     longer = replace(tuning, epochs=2 * tuning.epochs)
     conditions = {
@@ -136,13 +138,19 @@ def study_student(
 
     The arguments are those of `whole_game`, and its errors.
     """
-    student = whole_game(profile, data=data, data_root=data_root, seed=seed).target_net
+    teachers = study_teachers(profile, data=data, data_root=data_root, seed=seed)
+    return arrivals((("segmentation", "depth"),), teachers, profile, seed=seed)
+
+
+def study_teachers(
+    profile: str | None = None, *, data: str = "rooms", data_root: str | None = None, seed: int = 0
+) -> dict[str, TaskTeacher]:
+    """`task_teachers` as the studies train them: on NYUDv2 at the profile's `study_size`."""
+    teachers = task_teachers(profile, data=data, data_root=data_root, seed=seed)
     size = profile_named(profile).study_size
-    if isinstance(student.data, NYUv2Data) and size is not None:
-        small, plan = replace(student.data, size=size), student.amalgamation
-        teachers = tuple(replace(teacher, data=small) for teacher in plan.teachers)
-        student = replace(student, amalgamation=replace(plan, teachers=teachers))
-    return student
+    if data == "nyuv2" and size is not None:
+        return {task: replace(t, data=replace(t.data, size=size)) for task, t in teachers.items()}
+    return teachers
 
 
 def two_teachers(
