@@ -149,7 +149,9 @@ def test_a_student_that_is_the_teacher_agrees_with_it(n):
     codings = {"depth": ChannelCoding(student.channels[n - 1], gain=2.0)}
     image = torch.rand(2, 3, 17, 19)
     batch = {"image": image, "depth": TASKS["depth"].decode(network(image)["depth"]).detach()}
-    objective = BlockObjective(student, {"depth": network}, codings, n, tasks=TASKS, weights={"depth": WEIGHTS["depth"]}).eval()
+    objective = BlockObjective(
+        student, {"depth": network}, codings, n, tasks=TASKS, weights={"depth": WEIGHTS["depth"]}
+    ).eval()
     assert float(objective(batch)["depth"].detach()) == 0
 
 
@@ -408,7 +410,8 @@ def objective_for(n: int = 1, **changes):
         "teachers": {"depth": teacher("depth", 2)},
         "codings": {"depth": ChannelCoding(4)},
     } | changes
-    return BlockObjective(*parts.values(), n, tasks=TASKS, weights=WEIGHTS)
+    weights = {task: WEIGHTS[task] for each in parts["teachers"].values() for task in each.heads}
+    return BlockObjective(*parts.values(), n, tasks=TASKS, weights=weights)
 
 
 @pytest.mark.parametrize("n", [0, N + 1])

@@ -196,7 +196,7 @@ def test_target_net_cut_up_to_the_first_branch(points, size):
     for n in range(min(points) + 1):
         parts = net.forward_from(net.forward_to(x, n), n)
         assert all(torch.equal(whole[task], parts[task]) for task in HEADS)
-    with pytest.raises(ValueError, match="one F^n"):
+    with pytest.raises(ValueError, match=r"one F\^n"):
         net.forward_to(x, min(points) + 1)
 
 
