@@ -9,7 +9,7 @@ import torch
 
 from kamal_lib import studies
 from kamal_lib.metrics import DepthErrors, SegmentationScores, image_states
-from kamal_lib.recipes import NYUv2Data, label_curve, task_teachers, two_teachers
+from kamal_lib.recipes import NYUv2Data, label_curve, task_teachers, three_teachers, two_teachers
 from kamal_lib.studies import bootstrap, committed, config_hash, interval, record, stale
 from kamal_lib.tasks import Depth, Segmentation
 
@@ -206,12 +206,15 @@ def test_verdicts_on_several_scores():
     assert studies.together([]) == "open"
 
 
-@pytest.mark.parametrize("study", ["ka_two_teachers", "ka_options", "ka_conditions"])
+@pytest.mark.parametrize("study", ["ka_two_teachers", "ka_options", "ka_conditions", "ka_three_teachers"])
 def test_committed_rows_are_those_of_todays_recipes(study):
     """Every run in the file is one that today's recipes ask for, and no network of a row is missing."""
-    groups = {"ka_options": ["options"], "ka_conditions": ["core", "conditions"]}.get(
-        study, ["core", "table", "baselines"]
-    )
+    groups = {
+        "ka_options": ["options"],
+        "ka_conditions": ["core", "conditions"],
+        "ka_three_teachers": ["core", "controls", "orders"],
+    }.get(study, ["core", "table", "baselines"])
+    recipes_of = three_teachers if study == "ka_three_teachers" else two_teachers
     usual = {"teachers": "as usual: teachers", "final": "as usual"}
     called = usual if study == "ka_conditions" else {}
     for path in studies.RESULTS.glob(f"{study}.*.json"):
@@ -224,7 +227,7 @@ def test_committed_rows_are_those_of_todays_recipes(study):
             asked = {
                 (called.get(row, row), seed, config_hash(network))
                 for group in groups
-                for row, networks in two_teachers(group, found["profile"], seed=seed).items()
+                for row, networks in recipes_of(group, found["profile"], seed=seed).items()
                 for network in networks
             }
             rows = {row for row, of, _ in measured if of == seed}
