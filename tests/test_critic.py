@@ -107,6 +107,14 @@ def test_any_size_and_any_number_of_channels(size, channels):
     assert bool(torch.isfinite(scores).all())
 
 
+@pytest.mark.parametrize("size", [(16, 16), (65, 48)])
+def test_the_score_is_a_mean(size):
+    critic = Critic(5, width=4)
+    nn.init.zeros_(critic.layers[-1].weight)
+    nn.init.constant_(critic.layers[-1].bias, 1.5)
+    assert critic(noise(2, 3, *size), noise(2, 5, *size)).tolist() == [1.5, 1.5]
+
+
 def test_the_score_depends_on_image_and_map():
     critic = Critic(5, width=8).eval().requires_grad_(False)
     image, maps = noise(1, 3, 32, 32), noise(1, 5, 32, 32, seed=1)

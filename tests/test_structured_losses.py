@@ -311,6 +311,15 @@ def test_the_length_of_features_and_a_rotation_do_not_count():
     assert float(pair_wise_loss(student, turned, patch=1)) == pytest.approx(float(once), rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_loss_is_never_negative(seed):
+    """Where all three terms cancel and only their rounding is left."""
+    student = noise(1, 4, 12, 12, seed=seed)
+    rotation, _ = torch.linalg.qr(noise(9, 4, seed=seed + 1).double())
+    turned = torch.einsum("dc,nchw->ndhw", rotation, student.double())
+    assert 0 <= float(pair_wise_loss(student, turned, patch=1)) < 1e-14
+
+
 @pytest.mark.parametrize("options", [{}, {"patch": 1}, {"patch": 1, "radius": 1}, {"pooling": "max"}])
 @pytest.mark.parametrize("channels", [3, 100])
 def test_dead_nodes_have_finite_gradients(options, channels):
