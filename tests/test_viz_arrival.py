@@ -322,7 +322,7 @@ def test_forgetting_on_its_own_scales(metrics: list[str]):
             np.testing.assert_allclose(edges, expected)
     if len(metrics) == 3:
         assert words(figure).count("not learned") == 1
-        assert "median angle (°) teachers 12.2, TargetNet-3 online 13.0" in figure.alt
+        assert "median angle (°) teachers 12.20, TargetNet-3 online 13.00" in figure.alt
 
 
 def test_six_panels_and_equal_scores():
@@ -337,3 +337,10 @@ def test_forgetting_what_is_not_there_is_refused():
     for higher in ({}, {"mIoU": True, "rmse": False}):
         with pytest.raises(ValueError, match="names at least one of the metrics"):
             draw_forgetting(SCORES, higher=higher)
+
+
+def test_labels_tell_near_scores_apart():
+    near = {name: {"abs rel": 0.145 + k * 1e-4} for k, name in enumerate(("TargetNet-2", "a", "b"))}
+    assert "0.1450, a 0.1451, b 0.1452" in draw_forgetting(near, higher={"abs rel": False}).alt.replace(
+        "TargetNet-2 ", ""
+    )

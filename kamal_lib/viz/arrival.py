@@ -112,6 +112,8 @@ def draw_forgetting(
         low, high, line = min(there), max(there), values[list(scores).index(before)]
         margin = 0.25 * (high - low) or 0.1 * abs(high) or 1.0
         digits = max(0, 2 - math.floor(math.log10(max(map(abs, there)) or 1.0)))
+        if high > low:  # enough of them to tell the nearest apart
+            digits = min(max(digits, 1 - math.floor(math.log10(high - low))), 5)
         ax.set(xlim=(low - margin, high + margin), ylim=(len(names) - 0.4, -0.8))
         if not math.isnan(line):
             ax.axvspan(*((low - margin, line) if more else (line, high + margin)), color="0.92")

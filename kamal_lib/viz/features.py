@@ -47,13 +47,18 @@ class Coded:
 
 
 def number_grids(grids: Mapping[str, Float[Tensor, "rows columns"]], *, digits: int = 2) -> Picture:
-    """Small matrices side by side, as numbers on a tint that grows with them; at most `digits` decimals."""
-    top = max(float(grid.max()) for grid in grids.values()) or 1.0
+    """Small matrices side by side, as numbers on a tint that grows with them; at most `digits` decimals.
+
+    Where some are negative there are two tints, one a sign.
+    """
+    top = max(float(grid.abs().max()) for grid in grids.values()) or 1.0
+    signed = any(bool((grid < 0).any()) for grid in grids.values())
+    tint = {"cmap": "PuOr", "vmin": -2 * top} if signed else {"cmap": "Blues", "vmin": 0}
     figure = Picture(figsize=(1.9 * len(grids), 2.1), layout="constrained")
     for ax, (title, grid) in zip(
         figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True
     ):
-        ax.imshow(grid.numpy(), cmap="Blues", vmin=0, vmax=2 * top)
+        ax.imshow(grid.numpy(), vmax=2 * top, **tint)
         for (row, column), value in np.ndenumerate(grid.numpy()):
             ax.text(column, row, f"{round(float(value), digits):g}", ha="center", va="center")
         ax.set(xticks=[], yticks=[])
