@@ -32,7 +32,11 @@ def core_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed: in
 
 
 def control_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed: int) -> Rows:
-    """Students of one task and of the other pairs, taught in the same way with the same steps."""
+    """Students of one task and of the other pairs, taught in the same way with the same steps.
+
+    A student of one task starts as its own teacher, so "offline" is also started from each of the other two.
+    "TargetNet-2 taught again" is online without the newcomer: a copy of a copy, with as many steps.
+    """
     chosen = {
         "parsing alone": (PARSING,),
         "depth alone": (DEPTH,),
@@ -40,7 +44,14 @@ def control_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed:
         "parsing and normals": (PARSING, NORMALS),
         "depth and normals": (DEPTH, NORMALS),
     }
-    return {row: (arrivals((tasks,), teachers, profile, seed=seed),) for row, tasks in chosen.items()}
+    rows: Rows = {row: (arrivals((tasks,), teachers, profile, seed=seed),) for row, tasks in chosen.items()}
+    for start, name in ((DEPTH, "DepthNet"), (NORMALS, "NormNet")):
+        offline = arrivals((tuple(teachers),), teachers, profile, seed=seed)
+        plan = replace(offline.amalgamation, start=start)
+        rows[f"offline, from {name}"] = (replace(offline, amalgamation=plan),)
+    two = arrivals((PAIR,), teachers, profile, seed=seed)
+    again = replace(two.amalgamation, teachers=(two,))
+    return rows | {"TargetNet-2 taught again": (replace(two, amalgamation=again),)}
 
 
 def order_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed: int) -> Rows:
