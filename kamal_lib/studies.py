@@ -172,6 +172,10 @@ class Measurements:
         by_seed = [self.scores[row][seed][metric] for seed in seeds]
         return {"mean": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}
 
+    def resampled(self, row: str, metric: str) -> np.ndarray:
+        """A score in every draw. Rows with equal seeds and images have equal draws, whatever their tasks."""
+        return self._draws(row, metric, tuple(self.scores[row]))
+
     def compare(self, row: str, reference: str, metric: str, *, margin: float = 0.0) -> dict[str, Any]:
         """The paired difference of a score, `row` minus `reference`, and the verdict that `row` is better.
 
