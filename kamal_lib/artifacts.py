@@ -298,6 +298,10 @@ def _record(value: Any, parents: dict[str, Recipe], known: dict[str, str]) -> di
     name = type(value).__qualname__
     if not is_dataclass(value) or not type(value).__dataclass_params__.frozen:  # pyright: ignore
         raise TypeError(f"{name} is no frozen dataclass: put @dataclass(frozen=True) above it")
+    if not type(value).__dataclass_params__.repr or not all(f.repr for f in fields(value)):  # pyright: ignore
+        raise TypeError(
+            f"{name} hides fields from its repr, by which keys are told apart: leave out repr=False"
+        )
     config = {
         f.name: _plain(getattr(value, f.name), f"{name}.{f.name}", parents, known) for f in fields(value)
     }

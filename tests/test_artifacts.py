@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -177,6 +177,22 @@ def test_the_key_is_the_same_in_every_process() -> None:
     others = [python(f"print(key({recipe}))", PYTHONHASHSEED=seed) for seed in ("1", "2")]
     here = key(Student((Walk(seed=1), Walk(seed=2)), block=3))
     assert [other.communicate()[0].strip() for other in others] == [here, here]
+
+
+@dataclass(frozen=True, repr=False)
+class Silent(Walk):
+    """Says nothing of its fields."""
+
+
+@dataclass(frozen=True)
+class Hiding(Walk):
+    length: float = field(default=1.0, repr=False)
+
+
+@pytest.mark.parametrize("recipe", [Silent(), Hiding()], ids=["class", "field"])
+def test_a_recipe_that_hides_fields_has_no_key(recipe: Recipe) -> None:
+    with pytest.raises(TypeError, match="hides fields from its repr, by which keys are told apart"):
+        key(recipe)
 
 
 def test_a_student_among_the_teachers_of_another_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from test_amalgamation import changed, state, step
+from test_two_teachers import Stored
 from torch import nn
 
 from kamal_lib import recipes
-from kamal_lib.distill.amalgamation import BlockObjective
+from kamal_lib.distill.amalgamation import BlockObjective, branch_points
 from kamal_lib.models.blocks import Activation
 from kamal_lib.models.coding import ChannelCoding
 from kamal_lib.models.encoder_decoder import Architecture, EncoderDecoder, build_network
 from kamal_lib.models.target_net import Coded, TargetNet, branch_out
 from kamal_lib.recipes import __main__ as command
+from kamal_lib.recipes import amalgamation as stages
 from kamal_lib.recipes import arrivals, task_teachers
+from kamal_lib.recipes.profiles import WEIGHTS as WORKBOOK
 from kamal_lib.recipes.three_teachers import GROUPS, three_teachers
 from kamal_lib.tasks import Depth, Normals, Segmentation
 
@@ -311,14 +314,48 @@ TEACHERS = task_teachers("smoke")
     [
         ((("segmentation", "depth"), ("normals", "depth")), "depth would arrive again.*no cycle"),
         ((("depth", "depth"),), "depth would arrive again"),
-        ((("segmentation",), ()), "groups of one task or more"),
-        ((), "groups of one task or more"),
-        ((("edges",),), "groups of one task or more, of segmentation, depth, normals, got"),
+        ((("segmentation",), ()), "each a tuple of one task or more"),
+        ((), "each a tuple of one task or more"),
+        (("normals",), "each a tuple of one task or more"),
+        (("segmentation", "depth"), "each a tuple of one task or more"),
+        (({"segmentation", "depth"},), "each a tuple of one task or more"),
+        ((task for task in ("depth",)), "each a tuple of one task or more"),
+        (None, "each a tuple of one task or more"),
+        ((("edges",),), r"\['edges'\] cannot arrive: there are teachers of segmentation, depth, normals"),
     ],
 )
 def test_an_order_of_arrival_that_is_none(order, message):
     with pytest.raises(ValueError, match=message):
         arrivals(order, TEACHERS, "smoke")
+
+
+def test_teachers_that_do_not_fit_an_order():
+    swapped = {"depth": TEACHERS["normals"], "normals": TEACHERS["depth"]}
+    with pytest.raises(ValueError, match="each teacher stands under the one task that it teaches"):
+        arrivals((("depth",), ("normals",)), swapped, "smoke")
+    with pytest.raises(ValueError, match=r"\['depth'\] cannot arrive.*weights λ of normals"):
+        arrivals((("depth",),), TEACHERS, "smoke", weights={"normals": 1.0})
+    own = arrivals((("normals", "depth"),), TEACHERS, "smoke", weights={"normals": 1.0, "depth": 2.0})
+    assert own.amalgamation.weights == (("normals", 1.0), ("depth", 2.0))
+    wide = replace(TEACHERS["depth"].start, architecture=Architecture((8, 16), (1, 1), (True, True)))
+    with pytest.raises(ValueError, match="the same widths and pools, block by block"):
+        arrivals(
+            (("depth", "normals"),), TEACHERS | {"depth": replace(TEACHERS["depth"], start=wide)}, "smoke"
+        )
+
+
+def test_codings_by_task_and_students_that_branch():
+    teachers = {"U": target_net_2(4, 6), "M": network("normals", seed=5)}
+    at = {"segmentation": 4, "depth": 4, "normals": 5}
+    with pytest.raises(ValueError, match=r"6 codings of each teacher, one a block, got \{'U': 0, 'M': 0\}"):
+        branch_out(network("depth", seed=6), codings_of(TASKS), teachers, at)
+    with pytest.raises(ValueError, match="the student is a chain of blocks, got a TargetNet"):
+        online(3, student=target_net_2(4, 6))
+    with pytest.raises(ValueError, match="needs a branch for each task, got none"):
+        TargetNet([], {})
+    teachers["U"].branches["depth"].train()
+    with pytest.raises(ValueError, match="the U teacher is in training mode"):
+        online(3, teachers=teachers)
 
 
 def test_recipes_of_a_target_net_as_teacher_refuse_what_it_has_not():
@@ -348,6 +385,18 @@ def here(store, monkeypatch):
 
 
 def test_orders_are_longer_mappings():
+    def check(student, seed):
+        """Weights, seed, gain and lengths of every student on the way."""
+        plan = student.amalgamation
+        assert dict(plan.weights) == {task: WORKBOOK[task] for task in student.tasks}
+        assert (plan.seed, plan.gain, plan.decoder_only) == (seed, 2.0, False)
+        assert student.fine_tuning == recipes.whole_game("smoke").target_net.fine_tuning
+        for teacher in plan.teachers:
+            if not isinstance(teacher, recipes.TaskTeacher):
+                check(teacher, seed)
+
+    for order in ((tuple(TASKS),), (("depth",), ("normals", "segmentation")), (("normals",), ("depth",))):
+        check(arrivals(order, task_teachers("smoke", seed=3), "smoke"), 3)
     offline = arrivals((("segmentation", "depth", "normals"),), TEACHERS, "smoke")
     assert [t.key for t in offline.amalgamation.teachers] == ["segmentation", "depth", "normals"]
     other = arrivals((("depth", "normals"), ("segmentation",)), TEACHERS, "smoke")
@@ -392,9 +441,48 @@ def test_online_from_the_store(order, monkeypatch):
 
 
 @pytest.mark.usefixtures("here")
+def test_what_an_online_student_is_made_of(monkeypatch):
+    """Targets, Eq. 7, weights of the fine-tuning, and that it took place."""
+    student = arrivals((("segmentation", "depth"), ("normals",)), TEACHERS, "smoke")
+    plan, metrics = student.amalgamation, recipes.trained(student).metrics
+    two, tasks = recipes.load(plan.teachers[0]), recipes.tasks_of(student.data)
+    images = torch.stack([student.data.part("validation")[i]["image"] for i in range(4)])
+    responses = two(images.as_subclass(torch.Tensor))
+    stored = recipes.trained(plan.predictions()[1]).weights()
+    assert torch.allclose(stored["depth"], tasks["depth"].decode(responses["depth"]), rtol=1e-5)
+    last = recipes.trained(student.last_block)
+    assert branch_points(last.metrics["losses"]) == metrics["branch_points"]
+    body, codings = student.last_block.build(last.weights(), last.metrics)
+    teachers = {"segmentation+depth": two, "normals": recipes.load(TEACHERS["normals"])}
+    here = {name: each[-1] for name, each in codings.items()}
+    weights = dict(plan.weights)
+    objective = BlockObjective(body, teachers, here, student.last_block.n, tasks=tasks, weights=weights)
+    batch = {"image": images} | stored
+    batch |= recipes.trained(plan.predictions()[3]).weights()
+    with torch.no_grad():
+        for task, loss in objective.eval()(batch).items():
+            own = last.metrics["losses"][task][-1]
+            assert float(loss) / weights[task] == pytest.approx(own, rel=1e-4), task
+    fresh = branch_out(body, codings, teachers, metrics["branch_points"]).state_dict()
+    tuned = recipes.trained(student).weights()
+    assert not all(torch.equal(fresh[name], value) for name, value in tuned.items() if "num" not in name)
+    seen = []
+
+    def stop(objective, *_, **__):
+        seen.append((set(objective.tasks), objective.weights))
+        raise InterruptedError
+
+    monkeypatch.setattr(stages, "fitted", stop)
+    with pytest.raises(InterruptedError):
+        student.train(Stored())
+    assert seen == [(set(tasks), weights)]
+
+
+@pytest.mark.usefixtures("here")
 def test_every_group_has_its_rows_and_the_command_line_trains_one(capsys):
     rows = {group: list(three_teachers(group, "smoke", seed=1)) for group in GROUPS}
     assert rows["core"] == ["teachers", "TargetNet-2", "offline", "offline, twice the steps", "online"]
+    assert len({row for group in rows.values() for row in group}) == sum(map(len, rows.values())) == 16
     assert rows["controls"][:3] == ["parsing alone", "depth alone", "normals alone"]
     assert rows["orders"] == ["online, depth last", "online, parsing last", "online, one by one"]
     command.main(["three_teachers", "--rows", "core", "--profile", "smoke"])
@@ -405,6 +493,37 @@ def test_every_group_has_its_rows_and_the_command_line_trains_one(capsys):
     assert "three_teachers: core, controls, orders" in capsys.readouterr().err
     with pytest.raises(ValueError, match="rows must be one of core, controls, orders, got 'table'"):
         three_teachers("table", "smoke")
+
+
+def test_rows_are_what_they_are_called():
+    """Who teaches each row, level by level, and from where it starts."""
+
+    def taught_by(student):
+        plan = student.amalgamation
+        inner = [taught_by(t) for t in plan.teachers if not isinstance(t, recipes.TaskTeacher)]
+        return [t.key for t in plan.teachers], plan.start, *inner
+
+    rows = {k: v for group in GROUPS for k, v in three_teachers(group, "smoke", seed=1).items()}
+    assert [t.task for t in rows.pop("teachers")] == ["segmentation", "depth", "normals"]
+    s, d, m = "segmentation", "depth", "normals"
+    two = [s, d], s
+    assert {row: taught_by(student) for row, (student,) in rows.items()} == {
+        "TargetNet-2": two,
+        "offline": ([s, d, m], s),
+        "offline, twice the steps": ([s, d, m], s),
+        "online": ([f"{s}+{d}", m], s, two),
+        "parsing alone": ([s], s),
+        "depth alone": ([d], d),
+        "normals alone": ([m], m),
+        "parsing and normals": ([s, m], s),
+        "depth and normals": ([d, m], d),
+        "offline, from DepthNet": ([s, d, m], d),
+        "offline, from NormNet": ([s, d, m], m),
+        "TargetNet-2 taught again": ([f"{s}+{d}"], s, two),
+        "online, depth last": ([f"{s}+{m}", d], s, ([s, m], s)),
+        "online, parsing last": ([f"{d}+{m}", s], d, ([d, m], d)),
+        "online, one by one": ([f"{s}+{d}", m], s, ([s, d], s, ([s], s))),
+    }
 
 
 def test_equal_budgets():

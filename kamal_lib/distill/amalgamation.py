@@ -44,10 +44,15 @@ class _Block(nn.Module):
         train_prefix: bool,
     ):
         super().__init__()
+        if not isinstance(student, EncoderDecoder):
+            raise ValueError(
+                f"the student is a chain of blocks, got a {type(student).__name__}: to start as a TargetNet "
+                "take EncoderDecoder(architecture, net.blocks_of(task), {})"
+            )
         check_block(n, len(student.blocks), first=1)
         for name, teacher in teachers.items():
             check_same_blocks(student, teacher, name)
-            if teacher.training:
+            if any(part.training for part in teacher.modules()):
                 raise ValueError(
                     f"the {name} teacher is in training mode, where its norm layers follow the student's "
                     f"batches: call eval() on it, and make its predictions in eval mode, too"

@@ -57,6 +57,8 @@ class TargetNet(nn.Module):
 
     def __init__(self, trunk: Sequence[nn.Module], branches: Mapping[str, Branch]):
         super().__init__()
+        if not branches:
+            raise ValueError("a TargetNet needs a branch for each task, got none")
         last = max(branch.point for branch in branches.values())
         if len(trunk) != last:
             raise ValueError(
@@ -186,6 +188,11 @@ def branch_out(
     if set(points) != set(names):
         raise ValueError(
             f"each task of the teachers needs one branch point: {sorted(names)}, got {dict(points)}"
+        )
+    if short := {name: len(codings.get(name, ())) for name in teachers if len(codings.get(name, ())) < total}:
+        raise ValueError(
+            f"branch_out needs {total} codings of each teacher, one a block, got {short}: they go by the "
+            f"teachers' names, {', '.join(teachers)}"
         )
     for task, point in points.items():
         if not total // 2 < point <= total:

@@ -10,7 +10,7 @@ from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent, Studen
 from kamal_lib.recipes.baselines import MultiHead, SelfDistilled
 from kamal_lib.recipes.data import NYUv2Data, RoomsData, batches, scores, tasks_of
 from kamal_lib.recipes.label_curve import label_curve
-from kamal_lib.recipes.profiles import PROFILES, WholeGame, arrivals, task_teachers, whole_game
+from kamal_lib.recipes.profiles import PROFILES, WEIGHTS, WholeGame, arrivals, task_teachers, whole_game
 from kamal_lib.recipes.teachers import CommonStart, ImageScores, Inherited, Predictions, TaskTeacher
 from kamal_lib.recipes.three_teachers import three_teachers
 from kamal_lib.recipes.two_teachers import GROUPS, full_size, two_teachers
@@ -18,6 +18,7 @@ from kamal_lib.recipes.two_teachers import GROUPS, full_size, two_teachers
 __all__ = [
     "GROUPS",
     "PROFILES",
+    "WEIGHTS",
     "Amalgamation",
     "BranchedStudent",
     "CommonStart",

@@ -23,9 +23,10 @@ STAGES = ("teachers", "blocks", "target_net", "label_curve", *STUDIES)
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains one stage of a run, and what it needs, in resumable pieces; prints its metrics."""
+    groups = "; ".join(f"{stage}: {', '.join(rows)}" for stage, (_, rows) in STUDIES.items())
     parser = argparse.ArgumentParser(prog="python -m kamal_lib.recipes", description=main.__doc__)
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--rows", choices=list(TWO | THREE), help="of two_teachers or three_teachers")
+    parser.add_argument("stage", choices=STAGES, help="a study's stage trains one group of its rows")
+    parser.add_argument("--rows", choices=list(TWO | THREE), help=groups)
     parser.add_argument("--profile", choices=list(PROFILES))
     parser.add_argument("--data", default="rooms", choices=["rooms", "nyuv2"])
     parser.add_argument("--data-root")
@@ -35,8 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stage in ("label_curve", *STUDIES) and options.start != "random":
         parser.error(f"the study's rule starts all teachers at random: leave --start out for {options.stage}")
     if options.rows not in STUDIES.get(options.stage, (None, (None,)))[1]:
-        there = (f"{stage}: {', '.join(groups)}" for stage, (_, groups) in STUDIES.items())
-        parser.error(f"--rows goes with the stages {'; '.join(there)}")
+        parser.error(f"--rows {options.rows} does not go with {options.stage}; {groups}")
     first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}

@@ -88,6 +88,12 @@ class Amalgamation:
                 "all teachers must have the same data (rooms of one world, parts of one seed), got "
                 f"{[t.data for t in self.teachers]}: their predictions would belong to different images"
             )
+        shapes = {(t.start.architecture.widths, t.start.architecture.pools) for t in self.teachers}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"teachers and student need the same widths and pools, block by block, got {sorted(shapes)}: "
+                "train the teachers with one architecture"
+            )
         if self.decoder_only and self.train_prefix:
             raise ValueError("decoder_only leaves the encoder as it is, train_prefix trains it: choose one")
         own = self.loss == "features" or self.switches == "teacher"

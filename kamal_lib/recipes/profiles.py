@@ -142,7 +142,7 @@ def whole_game(
     """The recipes of one run with SegNet and DepthNet; the arguments are those of `task_teachers`."""
     teachers = task_teachers(profile, data=data, data_root=data_root, seed=seed, start=start)
     del teachers["normals"]
-    student = arrivals((tuple(teachers),), teachers, profile, seed=seed)
+    student = arrivals((tuple(teachers),), teachers, profile)
     last = student.last_block
     return WholeGame(teachers, tuple(replace(last, n=n) for n in range(1, last.n + 1)), student)
 
@@ -154,23 +154,34 @@ WEIGHTS = {"segmentation": 1.0, "depth": 4.0, "normals": 4.0}
 def arrivals(
     order: Sequence[Sequence[str]],
     teachers: Mapping[str, TaskTeacher],
-    profile: str | None = None,
+    profile: str | None,
     *,
-    seed: int = 0,
+    weights: Mapping[str, float] = WEIGHTS,
 ) -> BranchedStudent:
     """The student that learns the tasks of `order`, group by group (Ye et al., section 5.2).
 
     The TargetNet of one group is a teacher beside those of the next: (("segmentation", "depth", "normals"),)
     is the offline way, Eq. 8; (("segmentation", "depth"), ("normals",)) the online way, Eq. 9. It starts as
-    a copy of the first task's teacher. Blocks and fine-tuning are the profile's, once for each group.
+    a copy of the first task's teacher. Blocks and fine-tuning are the profile's, once for each group; it must
+    be the profile of the teachers. `weights` are λ by task, in every group; the seed is the teachers'.
 
-    Raises ValueError for a task without a teacher or that arrives twice, and for a group without a task.
+    Raises ValueError for an order that is no tuple of tuples, for a task without a teacher or a weight, or
+    that arrives twice, for a group without a task, and for a teacher that stands under another task.
     """
-    tasks = [task for group in order for task in group]
-    if not order or not all(order) or not set(tasks) <= set(teachers):
+    grouped = isinstance(order, list | tuple) and all(isinstance(group, list | tuple) for group in order)
+    if not grouped or not order or not all(order):
         raise ValueError(
-            f"an order of arrival is groups of one task or more, of {', '.join(teachers)}, got {order}"
+            f"an order of arrival is a tuple of groups, each a tuple of one task or more, of "
+            f"{', '.join(teachers)}: (('segmentation', 'depth'), ('normals',)), got {order!r}"
         )
+    tasks = [task for group in order for task in group]
+    if unknown := [task for task in tasks if task not in teachers or task not in weights]:
+        raise ValueError(
+            f"{unknown} cannot arrive: there are teachers of {', '.join(teachers)}, and weights λ of "
+            f"{', '.join(weights)}; hand over the one that is missing"
+        )
+    if other := {task: teachers[task].tasks for task in tasks if teachers[task].tasks != (task,)}:
+        raise ValueError(f"each teacher stands under the one task that it teaches, got {other}")
     if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
         raise ValueError(
             f"{', '.join(twice)} would arrive again after it was learned, got {order}: an order of arrival "
@@ -183,11 +194,11 @@ def arrivals(
         together = (*before, *(teachers[task] for task in group))
         plan = Amalgamation(
             together,
-            weights=tuple((task, WEIGHTS[task]) for teacher in together for task in teacher.tasks),
+            weights=tuple((task, weights[task]) for teacher in together for task in teacher.tasks),
             blocks=schedules.block,
             start=tasks[0],
             gain=2.0,  # fresh gates are open: better than half closed on held-out rooms, see CHANGELOG.md
-            seed=seed,
+            seed=teachers[tasks[0]].start.seed,
         )
         before = (BranchedStudent(plan, schedules.fine_tuning),)
     return before[0]

@@ -11,27 +11,27 @@ PARSING, DEPTH, NORMALS = "segmentation", "depth", "normals"
 PAIR = (PARSING, DEPTH)
 
 
-def core_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed: int) -> Rows:
+def core_rows(teachers: Mapping[str, TaskTeacher], profile: str | None) -> Rows:
     """Table 2: the teachers, TargetNet-2, and TargetNet-3 offline and online.
 
     Online has two students' steps behind it, TargetNet-2's and its own; so a further row gives the offline
     student twice the epochs of every block and of the fine-tuning, which is as many.
     """
-    offline = arrivals((tuple(teachers),), teachers, profile, seed=seed)
+    offline = arrivals((tuple(teachers),), teachers, profile)
     plan, tuning = offline.amalgamation, offline.fine_tuning
     longer = replace(plan, blocks=replace(plan.blocks, epochs=2 * plan.blocks.epochs))
     return {
         "teachers": tuple(teachers.values()),
-        "TargetNet-2": (arrivals((PAIR,), teachers, profile, seed=seed),),
+        "TargetNet-2": (arrivals((PAIR,), teachers, profile),),
         "offline": (offline,),
         "offline, twice the steps": (
             replace(offline, amalgamation=longer, fine_tuning=replace(tuning, epochs=2 * tuning.epochs)),
         ),
-        "online": (arrivals((PAIR, (NORMALS,)), teachers, profile, seed=seed),),
+        "online": (arrivals((PAIR, (NORMALS,)), teachers, profile),),
     }
 
 
-def control_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed: int) -> Rows:
+def control_rows(teachers: Mapping[str, TaskTeacher], profile: str | None) -> Rows:
     """Students of one task and of the other pairs, taught in the same way with the same steps.
 
     A student of one task starts as its own teacher, so "offline" is also started from each of the other two.
@@ -44,24 +44,24 @@ def control_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed:
         "parsing and normals": (PARSING, NORMALS),
         "depth and normals": (DEPTH, NORMALS),
     }
-    rows: Rows = {row: (arrivals((tasks,), teachers, profile, seed=seed),) for row, tasks in chosen.items()}
+    rows: Rows = {row: (arrivals((tasks,), teachers, profile),) for row, tasks in chosen.items()}
     for start, name in ((DEPTH, "DepthNet"), (NORMALS, "NormNet")):
-        offline = arrivals((tuple(teachers),), teachers, profile, seed=seed)
+        offline = arrivals((tuple(teachers),), teachers, profile)
         plan = replace(offline.amalgamation, start=start)
         rows[f"offline, from {name}"] = (replace(offline, amalgamation=plan),)
-    two = arrivals((PAIR,), teachers, profile, seed=seed)
+    two = arrivals((PAIR,), teachers, profile)
     again = replace(two.amalgamation, teachers=(two,))
     return rows | {"TargetNet-2 taught again": (replace(two, amalgamation=again),)}
 
 
-def order_rows(teachers: Mapping[str, TaskTeacher], profile: str | None, seed: int) -> Rows:
+def order_rows(teachers: Mapping[str, TaskTeacher], profile: str | None) -> Rows:
     """Online in other orders of arrival; "one by one" has three students' steps behind it."""
     orders = {
         "online, depth last": ((PARSING, NORMALS), (DEPTH,)),
         "online, parsing last": ((DEPTH, NORMALS), (PARSING,)),
         "online, one by one": ((PARSING,), (DEPTH,), (NORMALS,)),
     }
-    return {row: (arrivals(order, teachers, profile, seed=seed),) for row, order in orders.items()}
+    return {row: (arrivals(order, teachers, profile),) for row, order in orders.items()}
 
 
 GROUPS = {"core": core_rows, "controls": control_rows, "orders": order_rows}
@@ -82,4 +82,4 @@ def three_teachers(
     """
     if rows not in GROUPS:
         raise ValueError(f"rows must be one of {', '.join(GROUPS)}, got {rows!r}")
-    return GROUPS[rows](study_teachers(profile, data=data, data_root=data_root, seed=seed), profile, seed)
+    return GROUPS[rows](study_teachers(profile, data=data, data_root=data_root, seed=seed), profile)

@@ -139,7 +139,7 @@ def study_student(
     The arguments are those of `whole_game`, and its errors.
     """
     teachers = study_teachers(profile, data=data, data_root=data_root, seed=seed)
-    return arrivals((("segmentation", "depth"),), teachers, profile, seed=seed)
+    return arrivals((("segmentation", "depth"),), teachers, profile)
 
 
 def study_teachers(

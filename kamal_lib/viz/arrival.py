@@ -24,9 +24,12 @@ def draw_arrival(*, blocks: int, points: Mapping[str, int], n: int) -> Picture:
     blocks  N of every network
     points  {task: p}, where TargetNet-2 branches out
     For a task with p >= n the U-coded feature goes through TargetNet-2's trunk, coding and branch; beyond
-    p it takes the place of that task's own branch block n. The student's blocks before n are frozen.
-    Raises ValueError for n or a point outside 1..blocks, and without points.
+    p it takes the place of that task's own branch block n. The student's blocks before n are frozen. The
+    newcomer is NormNet. Raises ValueError for n or a point outside 1..blocks, without points, and for normals
+    among them.
     """
+    if "normals" in points:
+        raise ValueError(f"normals arrive here, so TargetNet-2 cannot have them yet, got {dict(points)}")
     if not points or not all(1 <= block <= blocks for block in (n, *points.values())):
         raise ValueError(f"block {n} and the branches {dict(points)} must be among blocks 1..{blocks}")
     rows = {task: (-1) ** k * (k // 2 + 1) for k, task in enumerate(points)}  # the trunk's is 0
