@@ -44,11 +44,6 @@ class _Block(nn.Module):
         train_prefix: bool,
     ):
         super().__init__()
-        if not isinstance(student, EncoderDecoder):
-            raise ValueError(
-                f"the student is a chain of blocks, got a {type(student).__name__}: to start as a TargetNet "
-                "take EncoderDecoder(architecture, net.blocks_of(task), {})"
-            )
         check_block(n, len(student.blocks), first=1)
         for name, teacher in teachers.items():
             check_same_blocks(student, teacher, name)
