@@ -1,7 +1,8 @@
 """Training on Lightning Fabric: it knows objectives, loaders and tasks, not distillation.
 
 An *objective* is a module whose forward(batch) returns {name: loss}. What is registered in it learns and is
-its state; what it merely uses (frozen teachers, a frozen prefix) it keeps unregistered.
+its state; what it merely uses (frozen teachers, a frozen prefix) it keeps unregistered. Two that alternate, a
+student and its critic, are two objectives, and each is to the other a thing merely used.
 """
 
 import math
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -97,12 +98,23 @@ def share(schedule: Schedule) -> dict[str, int]:
     return {"batch_size": schedule.batch_size // count, "num_replicas": count, "rank": rank}
 
 
+class Player(NamedTuple):
+    """Who learns: an objective, as it was given and as Fabric wrapped it, with its own optimiser and rate."""
+
+    objective: nn.Module
+    schedule: Schedule
+    optimizer: torch.optim.AdamW
+    model: Any
+    wrapped: Any
+
+
 def fit(
     objective: nn.Module,
     loader: DataLoader,
     schedule: Schedule,
     *,
     fabric: Fabric,
+    opponent: tuple[nn.Module, Schedule] | None = None,
     checkpoint: Path | None = None,
     save_every: float = 10.0,
     title: str = "training",
@@ -111,6 +123,11 @@ def fit(
     """Trains the objective's parameters on the sum of its losses; returns a row of mean losses an epoch.
 
     The means are over batches, a small last one included.
+
+    An `opponent`, such as a critic, is a second objective with its own schedule, of as many epochs and images
+    a step. At every step it learns first, then the objective, both from the same batches, each by its own
+    optimiser, rate and clipping. What one merely uses of the other must get no gradient from it and keep its
+    buffers. The history has the losses of both.
 
     With a `checkpoint` path the state is saved there every `save_every` seconds, and a later call goes on
     from it: on a CPU, with as many threads, the result is that of an uninterrupted run, bit for bit (order
@@ -124,22 +141,26 @@ def fit(
     files. `watch` is called in every process.
 
     Raises FloatingPointError when a loss is not finite, RuntimeError when a worker of the loader died,
-    ValueError for a loader without a batch, StoreError when the checkpoint cannot be written.
+    ValueError for a loader without a batch, for an opponent whose steps or names of losses do not go together
+    with the objective's, and for a checkpoint of another number of players, StoreError when the checkpoint
+    cannot be written.
     """
     loader.sampler.seek(0)  # pyright: ignore[reportAttributeAccessIssue]: another fit may have left it midway
     in_epoch = len(loader)  # batches
     if not in_epoch:
         raise ValueError(f"{title}: the loader has no batch: give it images, or turn drop_last off")
-    objective = objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    model, wrapped = fabric.setup(objective, optimizer)
+    player = enter(objective, schedule, fabric)
+    rival = None if opponent is None else enter(*opponent, fabric)
+    players = (player,) if rival is None else (rival, player)
+    check_same_steps(players)
     per_epoch = math.ceil(in_epoch / schedule.accumulate)
     steps = schedule.epochs * per_epoch
-    step, history, sums = resume(checkpoint, objective, optimizer)
+    step, history, sums = resume(checkpoint, player.objective, player.optimizer, rival)
     fabric.barrier()  # all have read the checkpoint before one writes the next
     writes = checkpoint if fabric.is_global_zero else None
-    model.train()
+    for each in players:
+        each.model.train()
+    owner: dict[str, Player] = {}
     saved = time.monotonic()
     with progress_bar(steps, title, start=step) as bar, dead_workers_named(title, loader):
         while step < steps:
@@ -147,35 +168,74 @@ def fit(
             loader.sampler.seek(epoch, start * schedule.accumulate)  # pyright: ignore[reportAttributeAccessIssue]
             for batches in groups(loader, schedule.accumulate):
                 if writes is not None and time.monotonic() - saved >= save_every:
-                    save_progress(writes, objective, optimizer, step, history, sums)
+                    save_progress(writes, player.objective, player.optimizer, step, history, sums, rival)
                     saved = time.monotonic()
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.rate(step, steps)
-                wrapped.zero_grad()
-                try:
-                    for losses in gradients(model, batches, fabric):
-                        sums |= {name: sums.get(name, 0.0) + loss for name, loss in losses.items()}
-                    clip_gradients(model, wrapped, schedule.clip, fabric)
-                except FloatingPointError as error:
-                    raise FloatingPointError(
-                        f"{title}: {error} at step {step} of {steps}; lower the learning rate "
-                        f"({schedule.learning_rate}) or look at the batch's targets"
-                    ) from error
-                wrapped.step()
+                for each in players:
+                    for group in each.optimizer.param_groups:
+                        group["lr"] = each.schedule.rate(step, steps)
+                    each.wrapped.zero_grad()
+                    try:
+                        for losses in gradients(each.model, batches, fabric):
+                            check_own_names(owner, each, losses)
+                            sums |= {name: sums.get(name, 0.0) + loss for name, loss in losses.items()}
+                        clip_gradients(each.model, each.wrapped, each.schedule.clip, fabric)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(
+                            f"{title}: {error} at step {step} of {steps}; lower the learning rate "
+                            f"({each.schedule.learning_rate}) or look at the batch's targets"
+                        ) from error
+                    each.wrapped.step()
                 step += 1
                 bar.update()
             history.append({"epoch": epoch + 1.0} | {name: s / in_epoch for name, s in sums.items()})
             bar.set_postfix({name: f"{value:.3f}" for name, value in history[-1].items() if name != "epoch"})
             sums = {}
             if fabric.world_size > 1:
-                for buffer in objective.buffers():
-                    torch.distributed.broadcast(buffer, 0)
+                for each in players:
+                    for buffer in each.objective.buffers():
+                        torch.distributed.broadcast(buffer, 0)
             if watch is not None:
                 if writes is not None:
-                    save_progress(writes, objective, optimizer, step, history, sums)
+                    save_progress(writes, player.objective, player.optimizer, step, history, sums, rival)
                 watch(history)
-                model.train()
+                for each in players:
+                    each.model.train()
     return history
+
+
+def enter(objective: nn.Module, schedule: Schedule, fabric: Fabric) -> Player:
+    """The objective on its device, with an optimiser of the parameters that ask for gradients."""
+    objective = objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    model, wrapped = fabric.setup(objective, optimizer)
+    return Player(objective, schedule, optimizer, model, wrapped)
+
+
+def check_same_steps(players: Sequence[Player]) -> None:
+    """Raises ValueError unless all take the same steps, in the same batches, with parameters of their own."""
+    plans = [(p.schedule.epochs, p.schedule.batch_size, p.schedule.accumulate) for p in players]
+    if len(set(plans)) > 1:
+        raise ValueError(
+            f"opponent and objective learn from the same batches and need the same epochs, batch_size and "
+            f"accumulate, got {plans[0]} and {plans[1]}: make one schedule from the other, by replace"
+        )
+    seen = [{id(p) for group in player.optimizer.param_groups for p in group["params"]} for player in players]
+    if len(seen) > 1 and seen[0] & seen[1]:
+        raise ValueError(
+            f"opponent and objective both train {len(seen[0] & seen[1])} of the same parameters: register a "
+            f"network in the one that trains it, and hide it from the other in a tuple"
+        )
+
+
+def check_own_names(owner: dict[str, Player], player: Player, losses: Iterable[str]) -> None:
+    """Notes whose loss a name is. Raises ValueError where it is another player's: the history has one row."""
+    for name in losses:
+        if owner.setdefault(name, player) is not player:
+            raise ValueError(
+                f"opponent and objective both have a loss {name!r}, which the history cannot tell apart: "
+                f"rename one"
+            )
 
 
 def gradients(
@@ -246,22 +306,53 @@ def save_progress(
     step: int,
     history: History,
     sums: dict[str, float],
+    opponent: Player | None = None,
 ) -> None:
     """Writes everything that the rest of the training depends on."""
-    tensors = {f"objective.{name}": value for name, value in objective.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    tensors = state_of(objective, optimizer)
+    if opponent is not None:
+        theirs = state_of(opponent.objective, opponent.optimizer)
+        tensors |= {f"opponent.{name}": value for name, value in theirs.items()}
     save_state(path, tensors, {"step": step, "history": history, "sums": sums})
 
 
 def resume(
-    path: Path | None, objective: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path | None,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    opponent: Player | None = None,
 ) -> tuple[int, History, dict[str, float]]:
-    """(step, history, sums of the epoch) of a checkpoint, loaded into both modules; else a start."""
+    """(step, history, sums of the epoch) of a checkpoint, loaded into all modules; else a start.
+
+    Raises ValueError for a checkpoint with an opponent where there is none now, and the other way round.
+    """
     found = load_state(path) if path is not None else None
     if found is None:
         return 0, [], {}
     tensors, extra = found
+    ours = {name: value for name, value in tensors.items() if not name.startswith("opponent.")}
+    if (len(ours) < len(tensors)) != (opponent is not None):
+        raise ValueError(
+            f"the checkpoint {path} is of a training {'without' if opponent else 'with'} an opponent, this "
+            f"one is {'with' if opponent else 'without'}: give it a checkpoint of its own"
+        )
+    load_into(objective, optimizer, ours)
+    if opponent is not None:
+        theirs = {name.removeprefix("opponent."): tensors[name] for name in tensors.keys() - ours.keys()}
+        load_into(opponent.objective, opponent.optimizer, theirs)
+    return extra["step"], extra["history"], extra["sums"]
+
+
+def state_of(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of one player by name, under "objective." and "optimizer."."""
+    tensors = {f"objective.{name}": value for name, value in objective.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    return tensors
+
+
+def load_into(objective: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The way back from `state_of`."""
     prefix = "objective."
     objective.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     states: dict[int, dict[str, Tensor]] = {}
@@ -270,4 +361,3 @@ def resume(
             _, index, entry = name.split(".", 2)
             states.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    return extra["step"], extra["history"], extra["sums"]

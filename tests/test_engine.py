@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -410,6 +411,220 @@ def test_a_loader_that_was_left_midway_is_begun_again():
     network = Small()
     history = fit(DirectObjective(network, TASKS), batches, SCHEDULE, fabric=make_fabric("cpu"))
     assert history == train()[1]
+
+
+# --- two who take turns -------------------------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """Learns to tell the target's mean from the response's; the number in its buffer must resume, too."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        torch.manual_seed(1)
+        self.score = nn.Linear(3, 1)
+        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))
+        self._network = (network,)
+
+    def forward(self, batch):
+        self.turns += 1
+        with torch.no_grad():
+            fake = self._network[0](batch["image"])["segmentation"].mean((2, 3))
+        real = nn.functional.one_hot(batch["labels"], 3).float().mean((1, 2))
+        return {"judged": (1 + self.turns % 3) * (self.score(fake) - self.score(real)).mean()}
+
+
+class Judged(DirectObjective):
+    """A network whose response is to score high as well."""
+
+    def __init__(self, network: nn.Module, judge: Judge):
+        super().__init__(network, TASKS)
+        self._judge = (judge,)
+
+    def forward(self, batch):
+        fake = self.network(batch["image"])["segmentation"].mean((2, 3))
+        score = nn.functional.linear(fake, self._judge[0].score.weight.detach())
+        return super().forward(batch) | {"score": -score.mean()}
+
+
+class Plain(nn.Module):
+    """Without norm layers, so that the judge may look without moving anything."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, image):
+        return {"segmentation": self.layer(image)}
+
+
+RATE = Schedule(epochs=3, batch_size=4, learning_rate=0.03, weight_decay=0.0, power=0.5)
+
+
+def take_turns(checkpoint: Path | None = None, *, stop_at: tuple[str, int] = ("", 0), rate=RATE, **options):
+    """(network, judge, history) after three epochs of three steps; or dead at a player's given turn."""
+    network = Plain()
+    judge = Judge(network)
+    judged = Judged(network, judge)
+    if stop_at[0]:
+        {"judge": judge, "judged": judged}[stop_at[0]].register_forward_pre_hook(Stop(stop_at[1]))
+    history = fit(
+        judged,
+        loader(Toy(), batch_size=4, shuffle=True, seed=5),
+        replace(SCHEDULE, accumulate=rate.accumulate),
+        fabric=make_fabric("cpu"),
+        opponent=(judge, rate),
+        checkpoint=checkpoint,
+        save_every=0.0,
+        **options,
+    )
+    return network, judge, history
+
+
+def test_taking_turns_is_an_obvious_loop():
+    network, judge, history = take_turns()
+    student, score = Plain().layer, Judge(Plain()).score
+    first = torch.optim.AdamW(score.parameters(), lr=1.0, weight_decay=0.0)
+    second = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=1e-4)
+    batches = loader(Toy(), batch_size=4, shuffle=True, seed=5)
+    step, rows = 0, []
+    for epoch in range(3):
+        batches.sampler.seek(epoch)
+        for batch in batches:
+            first.param_groups[0]["lr"] = 0.03 * (1 - step / 9) ** 0.5
+            second.param_groups[0]["lr"] = 0.01 * (1 - step / 9) ** 0.9
+            step += 1
+            fake = student(batch["image"]).detach().mean((2, 3))
+            real = nn.functional.one_hot(batch["labels"], 3).float().mean((1, 2))
+            judged = (1 + step % 3) * (score(fake).mean() - score(real).mean())
+            first.zero_grad()
+            judged.backward()
+            first.step()
+            response = student(batch["image"])
+            entropy = nn.functional.cross_entropy(response, batch["labels"])
+            high = -(response.mean((2, 3)) @ score.weight.detach()[0]).mean()
+            second.zero_grad()
+            (entropy + high).backward()
+            second.step()
+            rows.append([float(judged.detach()), float(entropy.detach()), float(high.detach())])
+    for learnt, expected in ((network.layer, student), (judge.score, score)):
+        for name, value in expected.state_dict().items():
+            assert torch.allclose(value, learnt.state_dict()[name], rtol=1e-4, atol=1e-5), name
+    means = torch.tensor(rows).view(3, 3, 3).mean(1).tolist()
+    for row, (judged, entropy, high), epoch in zip(history, means, (1, 2, 3), strict=True):
+        expected = {"epoch": epoch, "judged": judged, "segmentation": entropy, "score": high}
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_at_every_turn_one_learns_and_the_other_keeps_still(accumulate):
+    """The weights of both whenever one is asked for its losses."""
+    network, seen = Plain(), []
+    judge = Judge(network)
+    judged = Judged(network, judge)
+
+    def look(whose):
+        pair = ("judged", network), ("judge", judge.score)
+        seen.append((whose, {name: [w.clone() for w in module.parameters()] for name, module in pair}))
+
+    judge.register_forward_pre_hook(lambda *_: look("judge"))
+    judged.register_forward_pre_hook(lambda *_: look("judged"))
+    images = loader(Toy(16), batch_size=4, shuffle=True, seed=5)
+    schedule, rate = (replace(one, accumulate=accumulate, epochs=1) for one in (SCHEDULE, RATE))
+    fit(judged, images, schedule, fabric=make_fabric("cpu"), opponent=(judge, rate))
+    turns = ["judge"] * accumulate + ["judged"] * accumulate
+    assert [whose for whose, _ in seen] == turns * (4 // accumulate)
+    for (whose, before), (following, after) in pairwise(seen):
+        for name in before:
+            same = all(map(torch.equal, before[name], after[name]))
+            assert same == (name != whose or whose == following)
+
+
+@pytest.mark.parametrize("stop_at", [("judged", 0), ("judge", 2), ("judge", 4), ("judged", 4)])
+def test_two_players_killed_and_resumed_are_bit_for_bit(stop_at, tmp_path):
+    """At the start of a step, and between the turns of a step, which is then taken again."""
+    code = (
+        f"import test_engine as t; t.torch.set_num_threads({torch.get_num_threads()}); "
+        f"t.take_turns(t.Path('state.safetensors'), stop_at={stop_at})"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    killed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, check=False
+    )
+    assert killed.returncode == 9
+    checkpoint = tmp_path / "state.safetensors"
+    assert any(name.startswith("opponent.optimizer.") for name in load_file(checkpoint)) == (stop_at[1] > 0)
+    *resumed, history = take_turns(checkpoint)
+    *whole, expected = take_turns()
+    assert history == expected
+    for a, b in zip(resumed, whole, strict=True):
+        assert a.state_dict().keys() == b.state_dict().keys()
+        assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+    assert int(resumed[1].turns) == 9
+
+
+def test_alone_the_checkpoint_keeps_its_names_and_is_no_ones_else(tmp_path):
+    alone, both = tmp_path / "alone.safetensors", tmp_path / "both.safetensors"
+    train(alone)
+    names = [f"objective.network.{name}" for name in Small().state_dict()]
+    names += [f"optimizer.{i}.{name}" for i in range(5) for name in ("step", "exp_avg", "exp_avg_sq")]
+    assert sorted(load_file(alone)) == sorted(names)
+    take_turns(both)
+    with pytest.raises(ValueError, match=r"training without an opponent, this one is with: give it"):
+        take_turns(alone)
+    with pytest.raises(ValueError, match=r"training with an opponent, this one is without: give it"):
+        train(both)
+
+
+def test_the_other_after_a_watch():
+    """A watch puts networks in eval mode; both go on in training mode."""
+    modes = []
+
+    def look(history):
+        judge.eval(), judged.eval()
+
+    network = Plain()
+    judge = Judge(network)
+    judged = Judged(network, judge)
+    judge.register_forward_pre_hook(lambda *_: modes.append(judge.training))
+    judged.register_forward_pre_hook(lambda *_: modes.append(judged.training))
+    images = loader(Toy(), batch_size=4, shuffle=True, seed=5)
+    fit(judged, images, SCHEDULE, fabric=make_fabric("cpu"), opponent=(judge, RATE), watch=look)
+    assert modes == [True] * 18
+
+
+def test_each_player_has_its_own_clipping_and_its_own_trouble():
+    free, _, _ = take_turns()
+    still, judge, _ = take_turns(rate=replace(RATE, clip=1e-30))
+    assert not torch.equal(still.layer.weight, free.layer.weight)
+    assert torch.allclose(judge.score.weight, Judge(Plain()).score.weight, atol=1e-6)
+    with pytest.raises(FloatingPointError, match=r"not finite .*'judged': nan.* at step 0 .* rate \(0\.03\)"):
+        fit_two(scale=float("nan"))
+
+
+def test_players_that_do_not_go_together():
+    with pytest.raises(ValueError, match=r"the same epochs, batch_size and accumulate, got \(3, 4, 2\)"):
+        fit_two(opponent=replace(RATE, accumulate=2))
+    with pytest.raises(ValueError, match="both have a loss 'score', which the history cannot tell apart"):
+        fit_two(name="score")
+    with pytest.raises(
+        ValueError, match="both train 2 of the same parameters: register a network in the one"
+    ):
+        fit_two(shared=True)
+
+
+def fit_two(*, opponent=RATE, name: str = "judged", scale: float = 1.0, shared: bool = False) -> None:
+    class Named(Judge):
+        def forward(self, batch):
+            return {name: scale * super().forward(batch)["judged"]}
+
+    network = Plain()
+    judge = Named(network)
+    if shared:
+        judge.network = network
+    images = loader(Toy(), batch_size=4, shuffle=True, seed=5)
+    fit(Judged(network, judge), images, SCHEDULE, fabric=make_fabric("cpu"), opponent=(judge, opponent))
 
 
 def test_mean_losses_weigh_every_image_the_same():
