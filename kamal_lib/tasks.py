@@ -4,10 +4,13 @@ A target comes from a sample by one rule, whoever made the sample: the ground tr
 teachers' decoded predictions for a student. Nothing that learns can tell the two apart.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kamal_lib.losses.dense import (
@@ -20,6 +23,7 @@ from kamal_lib.losses.dense import (
 )
 from kamal_lib.losses.distillation import soft_target_loss
 from kamal_lib.metrics import DepthErrors, NormalErrors, SegmentationScores, SetMetric
+from kamal_lib.sample import VOID, known_depth
 
 
 @runtime_checkable
@@ -100,6 +104,63 @@ class Depth:
 
     def metric(self) -> SetMetric:
         """abs rel, sqr rel, rmse, log10 and δ^k of a whole set, whole image, no cap."""
+        return DepthErrors()
+
+
+@dataclass(frozen=True)
+class LogDepth:
+    """Depth as a choice among `bins` that are equally wide in log10, from `nearest` to `farthest` metres.
+
+    Liu et al., section 3.2: classified, and decoded by "a soft weighted sum as in" Yin et al. (2019), which
+    is one of logarithms: D = 10^(Σ_b p_b · log10 c_b), c_b the middle of bin b in log10. The loss is the
+    cross-entropy with the bin that the depth is in; depths beyond either end belong to the bin there. (Yin
+    et al. also reward near misses, by weights exp(−α (a − b)²) of the bins.)
+
+    Raises ValueError for bins that are none.
+    """
+
+    bins: int = 40
+    nearest: float = 0.5
+    farthest: float = 10.0
+    key = "depth"
+
+    def __post_init__(self):
+        if not (0 < self.nearest < self.farthest < math.inf and 2 <= self.bins < VOID):
+            raise ValueError(
+                f"log-spaced bins must be 2 to {VOID - 1} of them between two depths above 0, got "
+                f"{self.bins} from {self.nearest} to {self.farthest} m"
+            )
+
+    @property
+    def channels(self) -> int:
+        """One logit a bin."""
+        return self.bins
+
+    @property
+    def step(self) -> float:
+        """The width of a bin, in log10 of metres."""
+        return math.log10(self.farthest / self.nearest) / self.bins
+
+    def bin_of(self, depth: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Bin 0..bins−1, `VOID` where the depth is unknown. Raises ValueError for what is no depth."""
+        known = known_depth(depth)
+        place = (torch.where(known, depth, 1.0) / self.nearest).log10() / self.step
+        return torch.where(known, place.floor().long().clamp(0, self.bins - 1), VOID)
+
+    def decode(
+        self, response: Float[Tensor, "batch bins height width"]
+    ) -> Float[Tensor, "batch height width"]:
+        """Metres."""
+        p = at_least_float32(response).softmax(dim=1)
+        middles = torch.arange(self.bins, device=p.device, dtype=p.dtype).add(0.5) * self.step
+        return 10 ** (math.log10(self.nearest) + torch.einsum("nbhw,b->nhw", p, middles))
+
+    def loss(self, response: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy in nats over the pixels of known depth."""
+        return cross_entropy(response, self.bin_of(target))
+
+    def metric(self) -> SetMetric:
+        """As of `Depth`."""
         return DepthErrors()
 
 
