@@ -94,7 +94,7 @@ def test_the_blocks_drawn_solid_are_those_that_run(points: tuple[int, int], n: i
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 10])
 @pytest.mark.parametrize(
     "points",
-    [{"depth": 8}, {"segmentation": 10, "depth": 8}, {"segmentation": 7, "depth": 9, "normals": 9}],
+    [{"depth": 8}, {"segmentation": 10, "depth": 8}, {"segmentation": 7, "depth": 9, "boxes": 9}],
     ids=len,
 )
 def test_gates_and_ways_in_of_the_networks_of_the_lessons(points: dict[str, int], n: int):
@@ -341,6 +341,11 @@ def test_forgetting_what_is_not_there_is_refused():
 
 def test_labels_tell_near_scores_apart():
     near = {name: {"abs rel": 0.145 + k * 1e-4} for k, name in enumerate(("TargetNet-2", "a", "b"))}
-    assert "0.1450, a 0.1451, b 0.1452" in draw_forgetting(near, higher={"abs rel": False}).alt.replace(
+    assert "0.14500, a 0.14510, b 0.14520" in draw_forgetting(near, higher={"abs rel": False}).alt.replace(
         "TargetNet-2 ", ""
     )
+
+
+def test_normals_cannot_arrive_twice():
+    with pytest.raises(ValueError, match="normals arrive here, so TargetNet-2 cannot have them yet, got"):
+        draw_arrival(blocks=6, points={"segmentation": 5, "normals": 4}, n=3)

@@ -182,7 +182,7 @@ def branch_out(
     of a TargetNet gets that one's blocks on its way: up to its own branch point those of the trunk, and there
     its own coding. Everything is copied: fine-tuning the result, all of which learns, changes neither student
     nor teachers. Raises ValueError for a branch outside the decoder, N/2 < p <= N, for points that are not
-    those of the teachers' tasks, and for two teachers of one task.
+    those of the teachers' tasks, for codings that are missing, and for two teachers of one task.
     """
     total, names = len(student.blocks), teacher_of_task(teachers)
     if set(points) != set(names):
