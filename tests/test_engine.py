@@ -116,6 +116,16 @@ def test_training_learns_and_keeps_a_history():
     assert found["pixel_acc"] > 0.7
 
 
+def killed(code: str, folder: Path) -> Path:
+    """The checkpoint of a process that runs `code` in `folder` and kills itself."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=False
+    )
+    assert process.returncode == 9
+    return folder / "state.safetensors"
+
+
 @pytest.mark.parametrize(("stop_at", "accumulate"), [(1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (5, 2)])
 def test_killed_and_resumed_is_bit_for_bit(stop_at, accumulate, tmp_path):
     """Batches 3 and 6 end epochs; the others stop in the middle of one, the last one of a step, too."""
@@ -124,12 +134,7 @@ def test_killed_and_resumed_is_bit_for_bit(stop_at, accumulate, tmp_path):
         f"t.train(t.Path('state.safetensors'), stop_at={stop_at}, "
         f"schedule=t.replace(t.SCHEDULE, accumulate={accumulate}))"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    killed = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, check=False
-    )
-    assert killed.returncode == 9
-    checkpoint = tmp_path / "state.safetensors"
+    checkpoint = killed(code, tmp_path)
     if stop_at > 1:
         assert any(name.startswith("optimizer.") for name in load_file(checkpoint))
     resumed, history = train(checkpoint, schedule=replace(SCHEDULE, accumulate=accumulate))
@@ -548,12 +553,7 @@ def test_two_players_killed_and_resumed_are_bit_for_bit(stop_at, tmp_path):
         f"import test_engine as t; t.torch.set_num_threads({torch.get_num_threads()}); "
         f"t.take_turns(t.Path('state.safetensors'), stop_at={stop_at})"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    killed = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, check=False
-    )
-    assert killed.returncode == 9
-    checkpoint = tmp_path / "state.safetensors"
+    checkpoint = killed(code, tmp_path)
     assert any(name.startswith("opponent.optimizer.") for name in load_file(checkpoint)) == (stop_at[1] > 0)
     *resumed, history = take_turns(checkpoint)
     *whole, expected = take_turns()

@@ -1,28 +1,35 @@
-"""ImageNet weights for the VGG16 encoder, through torchvision's weights API."""
+"""ImageNet weights through torchvision's weights API, and those of the VGG16 encoder."""
 
 from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
-from torchvision.models import VGG16_BN_Weights
+from torchvision.models import VGG16_BN_Weights, WeightsEnum
 
 from kamal_lib.models.encoder_decoder import VGG16
+
+
+def downloaded(weights: WeightsEnum, network: str) -> dict[str, Tensor]:
+    """The state dict from torch's cache of downloads, else from its address.
+
+    Raises RuntimeError where it cannot be had, with that address and the place for a file that was fetched by
+    hand; `network` is whose weights they are, in words.
+    """
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network, or a damaged file
+        raise RuntimeError(
+            f"the ImageNet weights of {network} cannot be had ({error}). Put the file {weights.url} into "
+            f"{torch.hub.get_dir()}/checkpoints, or start from random weights"
+        ) from error
 
 
 def encoder_state() -> dict[str, Tensor]:
     """State of encoder blocks 1..5 of `VGG16`, keyed as in `EncoderDecoder.blocks`: the 13 convolutions.
 
-    Read from torch's cache of downloads, else downloaded (528 MB). Raises RuntimeError where they cannot be
-    had, with the address and the place for a file that was fetched by hand.
+    528 MB where they must be downloaded. Raises RuntimeError as `downloaded`.
     """
-    weights = VGG16_BN_Weights.IMAGENET1K_V1
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network, or a damaged file
-        raise RuntimeError(
-            f"the ImageNet weights of VGG16 with batch norm cannot be had ({error}). Put the file "
-            f"{weights.url} into {torch.hub.get_dir()}/checkpoints, or start from random weights"
-        ) from error
+    state = downloaded(VGG16_BN_Weights.IMAGENET1K_V1, "VGG16 with batch norm")
     found: dict[str, Tensor] = {}
     layer = 0  # of torchvision's `features`: convolution, norm, ReLU for each convolution, then a pool
     for block, count in enumerate(VGG16.convs):

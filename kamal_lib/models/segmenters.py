@@ -13,7 +13,6 @@ MobileNetV2Plus is another network than any here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pickle import UnpicklingError
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -25,6 +24,7 @@ from torchvision.models import get_model_weights
 
 from kamal_lib.models.encoder_decoder import normalise
 from kamal_lib.models.espnet import ESPNetC
+from kamal_lib.models.imagenet import downloaded
 
 KINDS = ("pspnet", "deeplabv3", "espnet_c")
 ENCODERS = ("resnet18", "resnet50", "resnet101", "mobilenet_v2")
@@ -179,17 +179,9 @@ def build_body(architecture: SegmenterArchitecture) -> nn.Module:
 def imagenet_state(encoder: str) -> dict[str, Tensor]:
     """ImageNet weights of one of `ENCODERS`, as torchvision names them, without the classifier's.
 
-    Read from torch's cache of downloads, else downloaded (14 to 171 MB). Raises RuntimeError where they
-    cannot be had, with the address and the place for a file that was fetched by hand.
+    14 to 171 MB where they must be downloaded. Raises RuntimeError as `downloaded`.
     """
-    weights = get_model_weights(encoder)["IMAGENET1K_V1"]
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network, or a damaged file
-        raise RuntimeError(
-            f"the ImageNet weights of {encoder} cannot be had ({error}). Put the file {weights.url} into "
-            f"{torch.hub.get_dir()}/checkpoints, or start from random weights"
-        ) from error
+    state = downloaded(get_model_weights(encoder)["IMAGENET1K_V1"], encoder)
     return {name: value for name, value in state.items() if not name.startswith(("fc.", "classifier."))}
 
 

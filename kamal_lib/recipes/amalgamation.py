@@ -149,7 +149,8 @@ class Amalgamation:
             student.blocks.load_state_dict(work.load(self.teachers[0].start).weights())
         elif self.start != "unrelated":
             (giver,) = (t for t in self.teachers if self.start in t.tasks)
-            blocks = self.networks(work)[giver.key].blocks_of(self.start)
+            artifact = work.load(giver)
+            blocks = giver.build(artifact.weights(), artifact.metrics).blocks_of(self.start)
             student.blocks.load_state_dict(nn.ModuleList(blocks).state_dict())
         return student, codings
 

@@ -273,15 +273,24 @@ def _check_labels(ids: np.ndarray, classes: int) -> None:
 
 
 def _error(guess: Panel, truth: Panel) -> Panel:
-    title = f"{guess.title}\nerror"
-    d, true = _numpy(guess.data).astype(float), _numpy(truth.data).astype(float)
-    if truth.kind == "labels":
-        return Panel("mistakes", np.where(true == VOID, np.nan, d != true), title)
-    if truth.kind == "depth":
-        return Panel("error", np.where(true == 0, np.nan, abs(d - true)), title, "m")
-    cosine = (d * true).sum(0) / np.maximum(np.linalg.norm(d, axis=0), 1e-12)
-    angle = np.degrees(np.arccos(cosine.clip(-1, 1)))
-    return Panel("error", np.where((true == 0).all(0), np.nan, angle), title, "degrees")
+    errors = error_map(truth.kind, guess.data, truth.data)
+    unit = {"labels": "", "depth": "m", "normals": "degrees"}[truth.kind]
+    return Panel("error" if unit else "mistakes", errors, f"{guess.title}\nerror", unit)
+
+
+def error_map(kind: str, guess: Array, truth: Array) -> Float[np.ndarray, "height width"]:
+    """How far a map is off: 1 or 0 for "labels", metres for "depth", degrees for "normals".
+
+    NaN where the truth is unknown. A normal of length 0 is off by 90 degrees.
+    """
+    a, b = _numpy(guess).astype(float), _numpy(truth).astype(float)
+    if kind == "labels":
+        return np.where(b == VOID, np.nan, a != b)
+    if kind == "depth":
+        return np.where(b == 0, np.nan, abs(a - b))
+    across = np.linalg.norm(np.cross(a, b, axis=0), axis=0)  # arccos is off by 0.02 degrees near 0
+    angle = np.where(a.any(0), np.degrees(np.arctan2(across, (a * b).sum(0))), 90)
+    return np.where(b.any(0), angle, np.nan)
 
 
 def _pixels(panel: Panel, palette: Sequence[str]) -> np.ndarray:

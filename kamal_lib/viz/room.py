@@ -10,7 +10,7 @@ from matplotlib.colors import Colormap, to_hex
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from kamal_lib.sample import VOID, Sample
+from kamal_lib.sample import Sample
 from kamal_lib.viz.branching import MOST_METRES
 from kamal_lib.viz.panels import (
     FACES,
@@ -21,6 +21,7 @@ from kamal_lib.viz.panels import (
     Picture,
     class_colours,
     class_map,
+    error_map,
     normal_map,
 )
 
@@ -162,18 +163,17 @@ def _measured(task: str, guess: Tensor, truth: np.ndarray) -> tuple[np.ndarray, 
             f"decode the response, and take one image of the batch"
         )
     said = guess.detach().cpu().numpy()
+    errors = error_map(KEYS[task], said, truth)
+    known = ~np.isnan(errors)
+    if not known.any():
+        return said, errors, "truth unknown"
     if task == "segmentation":
-        known, errors = truth != VOID, (said != truth).astype(float)
-        score = f"pixel acc. {1 - errors[known].mean():.0%}" if known.any() else ""
+        score = f"pixel acc. {1 - errors[known].mean():.0%}"
     elif task == "depth":
-        known, errors = truth > 0, abs(said.astype(float) - truth)
-        score = f"abs rel {(errors[known] / truth[known]).mean():.3f}" if known.any() else ""
+        score = f"abs rel {(errors[known] / truth[known]).mean():.3f}"
     else:
-        a, b = np.moveaxis(said.astype(float), 0, -1), np.moveaxis(truth.astype(float), 0, -1)
-        errors = np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)))
-        known = b.any(-1)
-        score = f"median {np.median(errors[known]):.1f}°" if known.any() else ""
-    return said, np.where(known, errors, np.nan), score or "truth unknown"
+        score = f"median {np.median(errors[known]):.1f}°"
+    return said, errors, score
 
 
 def _line(name: str) -> str:
