@@ -18,7 +18,7 @@ from kamal_lib.metrics import SetMetric
 from kamal_lib.tasks import Task
 
 RESULTS = Path(__file__).resolve().parents[1] / "notebooks" / "studies" / "results"
-MACHINE = {"root", "precision", "device"}
+MACHINE = {"root", "street_root", "precision", "device"}
 """Fields of recipes that say where something ran, not what was asked."""
 
 

@@ -129,6 +129,9 @@ class StudentObjective(_Player):
 
     `functools.partial` sets their options: {"local": partial(pair_wise_loss, patch=1, radius=1)}.
 
+    Losses in `finer` compare the encoders' first stages, twice as fine as the last features, with weights of
+    their own: the feature-level fusion of Table 2. (The paper fuses a third level, four times as fine.)
+
     `labels` True adds the task's loss, weight 1, on the samples' own targets, of which every batch must have
     some; "some" takes batches without any as well, for labelled and unlabelled images in one set; False reads
     no target. The task's loss is a mean over those images of a batch that have known pixels, however few.
@@ -150,10 +153,13 @@ class StudentObjective(_Player):
         labels: bool | str = True,
         pixel: Comparison = pixel_wise_loss,
         features: Mapping[str, Comparison] | None = None,
+        finer: Mapping[str, Comparison] | None = None,
     ):
         super().__init__(student, teacher, task, () if critic is None else (critic,))
-        compared = {"pair": pair_wise_loss} if features is None else dict(features)
-        terms = ["pixel", *compared, "holistic"]
+        compared, below = {"pair": pair_wise_loss} if features is None else dict(features), dict(finer or {})
+        terms = ["pixel", *compared, *below, "holistic"]
+        if len(set(terms)) < len(terms):
+            raise ValueError(f"every term needs a name of its own, got {', '.join(terms)}: rename one")
         if not set(weights) <= set(terms) or not all(0 <= w < math.inf for w in weights.values()):
             raise ValueError(
                 f"weights λ must be numbers from 0 on for some of the terms {', '.join(terms)}, got "
@@ -173,14 +179,16 @@ class StudentObjective(_Player):
             )
         self.student, self.weights, self.labels, self.pixel = student, dict(weights), labels, pixel
         self.features = {name: loss for name, loss in compared.items() if name in weights}
-        self.learning = nn.ModuleDict({n: f for n, f in self.features.items() if isinstance(f, nn.Module)})
+        self.finer = {name: loss for name, loss in below.items() if name in weights}
+        compared = self.features | self.finer
+        self.learning = nn.ModuleDict({n: f for n, f in compared.items() if isinstance(f, nn.Module)})
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """{task: ℓ_task, "pixel": λ1 ℓ_pi, "pair": λ1 ℓ_pa, "holistic": −λ2 E[D(Q^s | I)]}, what is on."""
         image, (teacher,) = batch["image"], self._teacher
-        ours, responses = self.student.features_and_response(image)
+        (ours_finer, ours), responses = self.levels(self.student, image)
         with torch.no_grad():
-            theirs, targets = teacher.features_and_response(image)
+            (theirs_finer, theirs), targets = self.levels(teacher, image)
         response = responses[self.name]
         self.check(self.student, response, targets[self.name])
         losses = {self.name: self.task_loss(response, batch)} if self.labels else {}
@@ -189,10 +197,19 @@ class StudentObjective(_Player):
             losses["pixel"] = self.weights["pixel"] * self.pixel(*small)
         for name, loss in self.features.items():
             losses[name] = self.weights[name] * loss(ours, theirs)
+        for name, loss in self.finer.items():
+            losses[name] = self.weights[name] * loss(ours_finer, theirs_finer)
         if self._others:
             score = as_it_is(self._others[0], image, holistic_map(self.task, response))
             losses["holistic"] = self.weights["holistic"] * student_loss(score)
         return losses
+
+    def levels(self, network: Segmenter, image: Tensor) -> tuple[tuple[Any, Tensor], dict[str, Tensor]]:
+        """((First stage's features where they are compared, last features), responses)."""
+        if self.finer:
+            return network.levels_and_response(image)
+        features, responses = network.features_and_response(image)
+        return (None, features), responses
 
     def task_loss(self, response: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """ℓ_task; 0 for a batch without labels where those are allowed."""

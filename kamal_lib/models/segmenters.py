@@ -11,7 +11,7 @@ DeepLabV3 with the 15.90 and 39.64 M of Liu et al.'s "Multi-Knowledge Aggregatio
 MobileNetV2Plus is another network than any here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,9 +112,16 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
+    def finer_and_last(
+        self, image: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch _ _ _"], Float[Tensor, "batch channels _ _"]]:
+        """(Features of the encoder's first stage, at 2/stride of the image; the last, at 1/stride)."""
+        stages = self.encoder(image)
+        return stages[2], self.decoder(stages)
+
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels _ _"]:
         """Features at 1/stride of the image, rounded up."""
-        return self.decoder(self.encoder(image))
+        return self.finer_and_last(image)[1]
 
 
 class Segmenter(nn.Module):
@@ -140,8 +147,29 @@ class Segmenter(nn.Module):
         ValueError unless the images are RGB.
         """
         features = self.body(normalise(image))
-        return features, {
-            task: F.interpolate(head(features), size=image.shape[-2:], mode="bilinear", align_corners=False)
+        return features, self.responses(features, image.shape[-2:])
+
+    def levels_and_response(
+        self, image: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+        """((First stage's features, last features), {task: response}): two levels of one pass.
+
+        Raises ValueError for ESPNet-C, which has no such stages.
+        """
+        if not isinstance(self.body, Pyramid):
+            raise ValueError(
+                "ESPNet-C has no encoder whose first stage could be compared: take a PSPNet or DeepLabV3, or "
+                "compare the last features only"
+            )
+        finer, features = self.body.finer_and_last(normalise(image))
+        return (finer, features), self.responses(features, image.shape[-2:])
+
+    def responses(
+        self, features: Float[Tensor, "batch channels rows columns"], size: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """{task: its head's output on the last features, enlarged to height and width bilinearly}."""
+        return {
+            task: F.interpolate(head(features), size=list(size), mode="bilinear", align_corners=False)
             for task, head in self.heads.items()
         }
 

@@ -12,35 +12,43 @@ from kamal_lib.recipes import (
     trained,
     whole_game,
 )
+from kamal_lib.recipes.skd import DATA, skd
+from kamal_lib.recipes.skd import GROUPS as SKD
+from kamal_lib.recipes.structured import SegmenterScores
 from kamal_lib.recipes.three_teachers import GROUPS as THREE
 from kamal_lib.recipes.three_teachers import three_teachers
 from kamal_lib.recipes.two_teachers import GROUPS as TWO
 from kamal_lib.recipes.two_teachers import two_teachers
 
-STUDIES = {"two_teachers": (two_teachers, TWO), "three_teachers": (three_teachers, THREE)}
+STUDIES = {
+    "two_teachers": (two_teachers, TWO, ImageScores),
+    "three_teachers": (three_teachers, THREE, ImageScores),
+    "skd": (skd, SKD, SegmenterScores),
+}
+"""{stage: what gives its recipes, its groups of rows, the recipe that measures them}"""
 STAGES = ("teachers", "blocks", "target_net", "label_curve", *STUDIES)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains one stage of a run, and what it needs, in resumable pieces; prints its metrics."""
-    groups = "; ".join(f"{stage}: {', '.join(rows)}" for stage, (_, rows) in STUDIES.items())
+    groups = "; ".join(f"{stage}: {', '.join(rows)}" for stage, (_, rows, _) in STUDIES.items())
     parser = argparse.ArgumentParser(prog="python -m kamal_lib.recipes", description=main.__doc__)
     parser.add_argument("stage", choices=STAGES, help="a study's stage trains one group of its rows")
-    parser.add_argument("--rows", choices=list(TWO | THREE), help=groups)
+    parser.add_argument("--rows", choices=list(TWO | THREE | SKD), help=groups)
     parser.add_argument("--profile", choices=list(PROFILES))
-    parser.add_argument("--data", default="rooms", choices=["rooms", "nyuv2"])
+    parser.add_argument("--data", default="rooms", choices=list(DATA), help="the last two for skd only")
     parser.add_argument("--data-root")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="random", choices=["random", "imagenet"])
     options = parser.parse_args(arguments)
     if options.stage in ("label_curve", *STUDIES) and options.start != "random":
         parser.error(f"the study's rule starts all teachers at random: leave --start out for {options.stage}")
-    if options.rows not in STUDIES.get(options.stage, (None, (None,)))[1]:
+    if options.rows not in STUDIES.get(options.stage, (None, (None,), None))[1]:
         parser.error(f"--rows {options.rows} does not go with {options.stage}; {groups}")
     first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}
-        make_fabric(task_teachers(options.profile, **run)["depth"].schedule.device)  # no GPU: said first
+        make_fabric(task_teachers(options.profile)["depth"].schedule.device)  # no GPU: said first
         if options.stage == "label_curve":
             for teacher in label_curve(options.profile, **run):
                 trained(ImageScores(teacher))  # of the teacher, which is trained first
@@ -49,10 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
                     print(teacher.name(), teacher.labels or "usual", "labels", found)
             return
         if options.stage in STUDIES:
-            of_study, _ = STUDIES[options.stage]
+            of_study, _, scores_of = STUDIES[options.stage]
             for row, networks in of_study(options.rows, options.profile, **run).items():
                 for network in networks:
-                    trained(ImageScores(network))  # of the network, which is trained first
+                    trained(scores_of(network))  # of the network, which is trained first
                     if first:
                         print(row, trained(network).metrics["validation"])
             return

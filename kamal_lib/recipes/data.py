@@ -1,18 +1,24 @@
 """What a run learns from and is measured on: data sets with their sizes, as part of every recipe's key."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torchvision import tv_tensors
 
 from kamal_lib.artifacts import Work, default_store
-from kamal_lib.data import scenes
+from kamal_lib.data import camvid, cityscapes, scenes
 from kamal_lib.data.loaders import Preloaded, Transform, loader
 from kamal_lib.data.nyud import CLASSES_13, NYUDv2
 from kamal_lib.data.synthetic import Rooms
 from kamal_lib.data.transforms import eval_transform
 from kamal_lib.engine import History, Schedule, evaluate, fit, make_fabric, share
+from kamal_lib.sample import VOID, Sample
+from kamal_lib.sample import Depth as Metres
 from kamal_lib.tasks import Depth, Normals, Segmentation, Task
 
 
@@ -74,6 +80,10 @@ class NYUv2Data:
         """The samples of "labelled", "unlabelled", "validation" or "test"."""
         return preloaded(self, name)
 
+    def images(self, name: str) -> Dataset:
+        """The part in its own size."""
+        return NYUDv2(self.root, name, classes=len(self.classes), world=self.world)
+
     def labels(self) -> tuple[int, int]:
         """(images in the labelled part, the most that a teacher can be given labels of)."""
         usual, most = (len(NYUDv2(self.root, part, world=self.world)) for part in ("labelled", "all"))
@@ -89,14 +99,95 @@ class NYUv2Data:
         return Subset(self.part("all"), range(checked(labels, self.labels()[1])))
 
 
-Data = RoomsData | NYUv2Data
+@dataclass(frozen=True)
+class CamVidData:
+    """CamVid in its official division; unlabelled are training images of the Cityscapes in `street_root`."""
+
+    root: str
+    size: tuple[int, int]
+    street_root: str | None = None
+    classes: tuple[str, ...] = camvid.CLASSES
+
+    def part(self, name: str) -> Dataset:
+        """The samples of "labelled", "unlabelled", "validation" or "test"."""
+        return preloaded(self, name)
+
+    def images(self, name: str) -> Dataset:
+        """The part in its own size. Raises ValueError for "unlabelled" without a Cityscapes."""
+        if name != "unlabelled":
+            splits = {"labelled": "train", "validation": "val", "test": "test"}
+            return camvid.CamVid(self.root, splits[name])
+        if self.street_root is None:
+            raise ValueError(
+                "CamVid has no unlabelled images: name a folder of Cityscapes, `street_root`, whose street "
+                "scenes serve, as in the paper"
+            )
+        return cityscapes.Cityscapes(self.street_root, "train", annotated=False)
+
+    def labels(self) -> tuple[int, int]:
+        """(images in the labelled part, the most that a teacher can be given labels of): the same."""
+        count = len(camvid.CamVid(self.root, "train"))
+        return count, count
+
+    def teaching(self, labels: int | None) -> Dataset:
+        """The first `labels` labelled images, None for all. Raises ValueError for more than there are."""
+        return self.part("labelled") if labels is None else first(self, labels)
+
+
+@dataclass(frozen=True)
+class CityscapesData:
+    """Cityscapes with depth from disparity.
+
+    Labelled are its training cities but three, validation is these three, and the test is its official
+    validation set, since the labels of its own test images are withheld.
+    """
+
+    root: str
+    size: tuple[int, int]
+    classes: tuple[str, ...] = cityscapes.CLASSES_19
+
+    def part(self, name: str) -> Dataset:
+        """The samples of "labelled", "validation" or "test"."""
+        return preloaded(self, name)
+
+    def images(self, name: str) -> Dataset:
+        """The part in its own size. Raises ValueError for another part."""
+        if name == "test":
+            return cityscapes.Cityscapes(self.root, "val", farthest=FARTHEST)
+        if name not in ("labelled", "validation"):
+            raise ValueError(f"Cityscapes has no part {name!r} here: labelled, validation and test")
+        there = set(cityscapes.cities_of(self.root, "train"))
+        cities = there - VALIDATION_CITIES if name == "labelled" else there & VALIDATION_CITIES
+        return cityscapes.Cityscapes(self.root, "train", cities=cities, farthest=FARTHEST)
+
+    def labels(self) -> tuple[int, int]:
+        """(images in the labelled part, the most that a teacher can be given labels of): the same."""
+        count = len(self.images("labelled"))  # pyright: ignore[reportArgumentType]
+        return count, count
+
+    def teaching(self, labels: int | None) -> Dataset:
+        """The first `labels` labelled images, None for all. Raises ValueError for more than there are."""
+        return self.part("labelled") if labels is None else first(self, labels)
+
+
+VALIDATION_CITIES = {"ulm", "weimar", "zurich"}
+"""Training cities of Cityscapes that nothing learns from."""
+
+FARTHEST = 80.0
+"""Metres: beyond it the depth of a street scene counts as unknown, as is usual."""
+
+Data = RoomsData | NYUv2Data | CamVidData | CityscapesData
 
 
 @cache
-def preloaded(data: NYUv2Data, name: str) -> Preloaded:
+def preloaded(data: NYUv2Data | CamVidData | CityscapesData, name: str) -> Preloaded:
     """A part decoded and resized; kept, since every training of a process would decode it again."""
-    images = NYUDv2(data.root, name, classes=len(data.classes), world=data.world)
-    return Preloaded(images, eval_transform(data.size))
+    return Preloaded(data.images(name), eval_transform(data.size))
+
+
+def first(data: CamVidData | CityscapesData, labels: int) -> Dataset:
+    """The first labelled images. Raises ValueError for more than there are."""
+    return Subset(data.part("labelled"), range(checked(labels, data.labels()[1])))
 
 
 def checked(labels: int, there: int) -> int:
@@ -130,11 +221,43 @@ def batches(
     )
 
 
-def scores(network: nn.Module, data: Data, schedule: Schedule) -> dict[str, dict[str, float]]:
-    """{"validation": {...}, "test": {...}}: the metrics of all that the network predicts."""
+class OneTarget(Dataset[Sample]):
+    """The first `count` samples with their image and one target, which is unknown where they have none.
+
+    `key` is "labels" (then `VOID`) or "depth" (then 0). So labelled and unlabelled images fit into one set.
+    Raises ValueError for more images than there are.
+    """
+
+    def __init__(self, images: Dataset[Sample], key: str, count: int | None = None):
+        there = len(images)  # pyright: ignore[reportArgumentType]
+        self.images, self.key, self.count = images, key, there if count is None else count
+        if not 1 <= self.count <= there:
+            raise ValueError(f"the images must be 1 to {there}, as many as there are, got {self.count}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        sample: dict[str, Any] = dict(self.images[index])
+        target = sample.get(self.key)
+        if target is None:
+            size = sample["image"].shape[-2:]
+            labels = self.key == "labels"
+            target = tv_tensors.Mask(torch.full(size, VOID)) if labels else Metres(torch.zeros(size))
+        return cast(Sample, {"image": sample["image"], self.key: target})
+
+
+def scores(
+    network: nn.Module, data: Data, schedule: Schedule, *, tasks: Mapping[str, Task] | None = None
+) -> dict[str, dict[str, float]]:
+    """{"validation": {...}, "test": {...}}: the metrics of all that the network predicts.
+
+    `tasks` None are those of `tasks_of`.
+    """
     fabric = make_fabric(schedule.device, precision=schedule.precision)
+    tasks = tasks_of(data) if tasks is None else tasks
     return {
-        part: evaluate(network, batches(data.part(part), schedule), tasks_of(data), fabric=fabric)
+        part: evaluate(network, batches(data.part(part), schedule), tasks, fabric=fabric)
         for part in ("validation", "test")
     }
 
@@ -148,6 +271,7 @@ def fitted(
     title: str,
     seed: int,
     transform: Transform | None = None,
+    opponent: tuple[nn.Module, Schedule] | None = None,
 ) -> History:
     """How every recipe trains: shuffled images, going on from the checkpoint in `work.folder`."""
     return fit(
@@ -155,6 +279,7 @@ def fitted(
         batches(images, schedule, seed=seed, shuffle=True, transform=transform),
         schedule,
         fabric=make_fabric(schedule.device, precision=schedule.precision),
+        opponent=opponent,
         checkpoint=work.folder / "training.safetensors",
         title=title,
         watch=work.watch,

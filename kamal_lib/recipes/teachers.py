@@ -188,10 +188,14 @@ class ImageScores(Recipe):
     def name(self) -> str:
         return f"{self.network.name()}-scores-{self.part}"
 
+    def tasks(self) -> dict[str, Task]:
+        """By which the network's responses are decoded."""
+        return tasks_of(self.network.data)
+
     def train(self, work: Work) -> Result:
         """{"task.state of its metric": images × its shape}; see `kamal_lib.metrics.resampled`."""
         data, schedule, artifact = self.network.data, self.network.schedule, work.load(self.network)
-        tasks = tasks_of(data)
+        tasks = self.tasks()
         rows: list[dict[str, Tensor]] = []
 
         def add(predictions: dict[str, Tensor], batch: dict[str, Any]) -> None:
