@@ -27,7 +27,8 @@ class Claim:
     """What a paper says somewhere.
 
     numbers     what it prints for it, None where it prints nothing; of a pair the first is the reference
-    tables_say  how its own tables stand to it: "agrees", "partly", "contradicts" or "not printed"
+    tables_say  how its own tables stand to it: "agrees", "partly", "contradicts", "not printed", or
+                "unreadable" where we could not read the table
     remark      why, where that is not plain; may be empty
     """
 
@@ -47,8 +48,11 @@ def claims(paper: str = "ye2019") -> dict[str, Claim]:
 def table(paper: str, name: str) -> dict[str, Any]:
     """A printed table: caption, data, columns, better ("min" or "max" by column), units, rows, notes.
 
-    A row has its `method`, a number or None (a dash) for each column, and perhaps `qualifiers`, the ~ or > in
-    front of a number. Raises ValueError for a paper or a table that is not here.
+    A row has its `method`, no two alike, and a number or None (a dash) for each column. By column it may have
+    `qualifiers`, the ~ or > in front of a number, and `spread`, the ± behind one, which then is a mean.
+    `labels`, where a table has them, name what else stands in each row without being measured. A figure is
+    here where the text gives numbers of it. No rows: we could not read them, and a note says so.
+    Raises ValueError for a paper or a table that is not here.
     """
     tables = _read(paper)["tables"]
     if name not in tables:

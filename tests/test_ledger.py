@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from statistics import mean
 
 import pytest
 
@@ -10,6 +12,24 @@ from kamal_lib.studies import record
 from kamal_lib.viz.tables import ledger_table
 
 TABLES = {"table1": (6, 8), "table2": (3, 8), "table3": (9, 5), "table4": (3, 4)}
+SKD_TABLES = {
+    "table1": (13, 2),
+    "table2": (15, 1),
+    "table3": (7, 1),
+    "table4": (3, 20),
+    "table5": (5, 2),
+    "table6": (0, 1),
+    "table7": (18, 4),
+    "table8": (14, 2),
+    "table9": (10, 3),
+    "table10": (0, 1),
+    "table11": (8, 7),
+    "table12": (5, 6),
+    "table13": (0, 6),
+    "table14": (9, 7),
+    "figure7": (2, 1),
+    "figure10": (2, 1),
+}
 
 
 def made(claim: str = "KA-18", **changes) -> dict:
@@ -119,6 +139,188 @@ def test_papers_tables_and_claims_that_are_not_here():
         table("he2016", "table1")
     with pytest.raises(ValueError, match="has no 'table5', its tables are: table1, table2, table3, table4"):
         table("ye2019", "table5")
+
+
+# --- structured knowledge distillation ----------------------------------------------------------------------
+
+THREE = ("ResNet18 (0.5)", "ResNet18 (1.0)", "ResNet18 (1.0) from ImageNet")
+TERMS = ("", " + PI", " + PI + PA", " + PI + PA + HO")
+
+
+def skd(name: str) -> dict[str, dict]:
+    """{method: row} of a table of Liu et al."""
+    return {row["method"]: row for row in table("liu_skd", name)["rows"]}
+
+
+def test_all_claims_of_skd_are_there_in_order():
+    found = claims("liu_skd")
+    assert list(found) == [f"SKD-{i:02}" for i in range(1, 41)]
+    assert not found.keys() & claims().keys()
+    for claim in found.values():
+        assert claim.where
+        assert claim.claim.endswith(".")
+        assert claim.remark == "" or claim.remark.endswith(".")
+    says = {
+        kind: [int(name[-2:]) for name, claim in found.items() if claim.tables_say == kind]
+        for kind in ("partly", "contradicts", "not printed", "unreadable")
+    }
+    assert says == {
+        "partly": [11, 24, 29, 30, 31],
+        "contradicts": [10],
+        "not printed": [5, 21, 26, 27, 38],
+        "unreadable": [22, 32, 33, 37],
+    }
+    assert {c.tables_say for c in found.values()} == {"agrees", *says}
+    assert all(found[f"SKD-{i}"].remark for kind in ("partly", "contradicts") for i in says[kind])
+
+
+@pytest.mark.parametrize("name", SKD_TABLES)
+def test_tables_of_skd_are_complete(name):
+    found, (height, width) = table("liu_skd", name), SKD_TABLES[name]
+    columns, labels = found["columns"], found.get("labels", [])
+    assert (len(found["rows"]), len(columns)) == (height, width)
+    assert found["better"].keys() == found["units"].keys() == set(columns)
+    assert set(found["better"].values()) <= {"min", "max"}
+    assert found["caption"]
+    assert found["notes"]
+    assert height or "could not be read" in found["notes"][0]
+    assert len({row["method"] for row in found["rows"]}) == height
+    for row in found["rows"]:
+        assert row.keys() - {"spread"} == {"method", *labels, *columns}
+        assert all(row[column] is None or isinstance(row[column], int | float) for column in columns)
+        assert all(row[column] is not None for column in row.get("spread", {}))
+    dashes = {"table5": 1, "table7": 8, "table11": 3, "table14": 1}  # and AOB's size, which could not be read
+    assert sum(row[column] is None for row in found["rows"] for column in columns) == dashes.get(name, 0)
+
+
+def test_numbers_of_skd_as_printed():
+    best = skd("table1")["ResNet18 (1.0) from ImageNet + PI + PA + HO"]
+    assert (best["val_miou"], best["spread"]["val_miou"]) == (74.08, 0.13)
+    assert (best["train_miou"], best["spread"]["train_miou"]) == (78.75, 0.02)
+    assert "spread" not in skd("table1")["Teacher"]
+    assert skd("table2")["nodes of 2×2"]["val_miou"] == 71.78
+    assert skd("table5")["Student w/o D"]["score_difference"] == 2.28
+    assert skd("table7")["MobileNetV2Plus (ours)"]["params_m"] == 8.301
+    assert skd("table11")["VNL (student) w/ distillation"]["rel"] == 0.13
+    assert skd("table12")["Ours"]["ap_s"] == 18.5
+    assert skd("table14")["FCOS (student) w/ distillation"]["time_ms"] == 45
+    assert skd("figure7")["Bus"]["iou_gain"] == 17.23
+    assert claims("liu_skd")["SKD-05"].numbers == {"lambda1": 10, "lambda2": 0.1}
+
+
+def test_claims_of_skd_repeat_the_tables():
+    found, one, seven, eight = claims("liu_skd"), skd("table1"), skd("table7"), skd("table8")
+    for student in THREE:
+        column = [one[student + terms]["val_miou"] for terms in TERMS]
+        assert found["SKD-06"].numbers[student] == column
+        assert found["SKD-07"].numbers[student] == column[:2]
+        assert found["SKD-09"].numbers[student] == column[2:]
+    ranges = [row["val_miou"] for row in skd("table2").values() if row["beta"] == "1×1"]
+    assert found["SKD-14"].numbers == {"from the shortest range to the full graph": ranges}
+    assert found["SKD-19"].numbers == {
+        name: [skd("table4")[critic][name] for critic in ("D no attention", "D Ours")]
+        for name in ("truck", "bus", "train", "motorcycle")
+    }
+    for name, pair in found["SKD-23"].numbers.items():
+        network, split = name.split(" on ")
+        plain = network if network in seven else next(n for n in seven if n.startswith(f"{network} ["))
+        assert pair == [seven[n][f"{split}_miou"] for n in (plain, f"{network} (ours)")]
+        assert seven[plain]["params_m"] == seven[f"{network} (ours)"]["params_m"]  # SKD-03
+    for name, pair in found["SKD-28"].numbers.items():
+        plain = next(n for n in eight if n in (name, f"{name} [15]"))
+        assert pair == [eight[plain]["miou"], eight[f"{name} (ours)"]["miou"]]
+        assert found["SKD-29"].numbers[name] == eight[f"{name} (ours, unlabelled)"]["miou"]
+    students = [skd("table11")[f"VNL (student){end}"] for end in ("", " w/ distillation")]
+    for column, pair in list(found["SKD-34"].numbers.items())[:-1]:
+        assert pair == [row[column] for row in students]
+    assert found["SKD-36"].numbers == {
+        column: [skd("table12")[name][column] for name in ("student", "Ours")]
+        for column in ("ap75", "ap_s", "ap_l")
+    }
+
+
+def test_where_table_1_of_skd_contradicts_the_text():
+    """SKD-10 and SKD-11: the gains of all three terms, from the rows."""
+    one = skd("table1")
+    gains = [round(one[s + TERMS[-1]]["val_miou"] - one[s]["val_miou"], 2) for s in THREE]
+    assert gains == [6.98, 7.18, 4.98]
+    claim = claims("liu_skd")["SKD-10"]
+    assert list(claim.numbers.values()) == [6.26, 5.74, 2.9]
+    assert [float(n) for n in re.findall(r"\d\.\d+", claim.remark)] == gains
+    assert gains[1] > gains[0]  # the larger student gains more
+
+
+def test_connections_of_table_2_follow_from_range_and_nodes():
+    """As shares of all pairs of pixels: nodes × range / N, both as shares of N."""
+    powers = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+    printed = {}
+    for name, row in skd("table2").items():
+        if row["connections"] is not None:
+            factor, divisor = re.fullmatch(r"(?:(\d+) · )?N²(?:/(.+))?", row["connections"]).groups()
+            base, power = re.fullmatch(r"(\d)(\D*)", divisor or "1").groups()
+            printed[name] = int(factor or 1) / int(base) ** int(power.translate(powers) or 1)
+    ranges = {f"range W'/{n} × H'/{n}": 1 / n**2 for n in (16, 8, 4, 2)} | {"range W' × H'": 1.0}
+    nodes = {f"nodes of {n}×{n}": (1 / n**2) ** 2 for n in (2, 4, 8, 16, 32)}
+    fusions = {
+        "α fusion": sum(1 / 4 * 1 / n**2 for n in (2, 4, 8)),
+        "β fusion": sum((1 / n**2) ** 2 for n in (2, 4, 8)),
+        "feature-level fusion": 3 * (1 / 4) ** 2,
+    }
+    assert printed == ranges | nodes | fusions
+    assert printed["nodes of 2×2"] == printed["range W'/4 × H'/4"]  # SKD-04's pairs
+    assert printed["nodes of 4×4"] == printed["range W'/16 × H'/16"]
+
+
+def test_classes_of_table_4_give_its_miou():
+    found = table("liu_skd", "table4")
+    classes = found["columns"][1:]
+    for row in found["rows"]:
+        assert round(mean(row[name] for name in classes), 2) == row["miou"]
+    plain, ours = skd("table4")["D no attention"], skd("table4")["D Ours"]
+    worse = [name.replace("_", " ") for name in classes if ours[name] < plain[name]]
+    assert len(worse) == 12
+    assert ", ".join(worse[:-1]) + f" and {worse[-1]}." in found["notes"][-1]
+
+
+def test_gains_of_skd_that_the_text_gives_otherwise():
+    """SKD-24, SKD-25, SKD-29, SKD-30, SKD-31 and SKD-37, from the rows."""
+    seven, eight, nine, twelve = (skd(f"table{i}") for i in (7, 8, 9, 12))
+    gains = {
+        name.removesuffix(" (ours)"): round(row["val_miou"] - before["val_miou"], 1)
+        for before, (name, row) in zip(seven.values(), list(seven.items())[1:], strict=False)
+        if name.endswith("(ours)")
+    }
+    assert list(gains.items()) == [
+        *(("ESPNet-C", 6.6), ("ESPNet", 2.4), ("ResNet18 (0.5)", 7.3), ("ResNet18 (1.0)", 6.2)),
+        ("MobileNetV2Plus", 4.4),
+    ]
+    assert seven["MobileNetV2Plus (ours)"]["flops_g"] / seven["MD [12]"]["flops_g"] == pytest.approx(
+        4 / 3, 0.01
+    )
+    for name, percent in (("ESPNet-C", 13.05), ("ESPNet", 12.63)):
+        relative = eight[f"{name} (ours, unlabelled)"]["miou"] / eight[f"{name} [15]"]["miou"] - 1
+        assert round(100 * relative, 2) == percent
+        assert f"{percent} %" in claims("liu_skd")["SKD-29"].remark
+    for name, cited, points in (("ESPNet", 15, 4.16), ("ResNet18", 66, 2.78), ("MobileNetV2", 66, 3.74)):
+        assert round(nine[f"{name} (ours)"]["miou"] - nine[f"{name} [{cited}]"]["miou"], 2) == points
+    assert round(twelve["Ours"]["ap"] - twelve["student"]["ap"], 1) == 1.1
+    columns = table("liu_skd", "table12")["columns"]
+    assert all(twelve["+ PA"][name] > twelve["+ MIMIC [11]"][name] for name in columns)  # SKD-35
+
+
+def test_two_papers_in_one_ledger():
+    found = rows([made("SKD-10"), made("KA-18"), made("SKD-04")])
+    assert list(found.index) == ["SKD-10", "KA-18", "SKD-04"]
+    assert found.loc["KA-18", "the paper claims"] == claims("ye2019")["KA-18"].claim
+    assert found.loc["SKD-10", "its tables"] == "contradicts"
+    assert found.loc["SKD-10", "it prints"] == (
+        "ResNet18 (0.5) 6.26; ResNet18 (1.0) 5.74; ResNet18 (1.0) from ImageNet 2.9"
+    )
+    assert found.loc["SKD-04", "it prints"].startswith(
+        "N²/2⁴ connections, by range and by nodes 71.09, 71.78;"
+    )
+    with pytest.raises(ValueError, match=r"no claim 'SKD-41', there are: .*SKD-40.*KA-32"):
+        made("SKD-41")
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------
