@@ -58,7 +58,7 @@ SIZES = {
         SLIM,
         800,
         500,
-        replace(QUICK, batch_size=8, learning_rate=2e-3),
+        replace(QUICK, batch_size=8, learning_rate=0.016),
         600,
         (48, 64),
         CriticPlan(),
