@@ -17,7 +17,7 @@
 #   lab         python -m jupyterlab notebooks
 #
 # Variables of `report` and `study`; those that are not set keep the notebook's own default:
-#   DATA=rooms|nyuv2  DATA_ROOT=path  PROFILE=smoke|quick|gpu  SEED=number  OUT=folder  STUDY=name
+#   DATA=rooms|nyuv2|camvid|cityscapes  DATA_ROOT=path  PROFILE=smoke|quick|gpu  SEED=number  OUT=folder  STUDY=name
 # KAMAL_STORE names the folder of trained models and rooms (default: data/store).
 
 # Threads soon fall asleep while they wait: with a second program on the same two cores, those that wait awake

@@ -43,6 +43,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from kamal_lib.recipes import PROFILES
+from kamal_lib.recipes.data import DATA
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kamal-workbook", "torch", "torchvision", "lightning-fabric", "numpy", "papermill")
@@ -237,7 +238,7 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
     add = parser.add_argument
     add("lessons", nargs="*", help="numbers or names of lessons (default: all)")
     add("--study", metavar="NAME", help="run this study instead of the lessons")
-    add("--data", choices=["rooms", "nyuv2"])
+    add("--data", choices=list(DATA))
     add("--data-root", metavar="PATH", type=lambda path: str(Path(path).expanduser().resolve()))
     add("--profile", choices=list(PROFILES))
     add("--seed", type=int)
@@ -252,8 +253,8 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = ROOT / "noteb
     given |= {name: _literal(value) for name, _, value in (each.partition("=") for each in options.p)}
     if options.in_place and given:
         parser.error("--in-place takes no parameters: the committed outputs are those of the notebooks' own")
-    if options.data == "nyuv2" and options.data_root is None:
-        parser.error("--data nyuv2 needs --data-root PATH (make: DATA_ROOT=PATH)")
+    if options.data not in (None, "rooms") and options.data_root is None:
+        parser.error(f"--data {options.data} needs --data-root PATH (make: DATA_ROOT=PATH)")
     if options.data_root is not None and not Path(options.data_root).exists():
         parser.error(
             f"--data-root {options.data_root} is neither a folder nor a .mat file (make: DATA_ROOT=PATH)"

@@ -12,8 +12,9 @@ from kamal_lib.recipes import (
     trained,
     whole_game,
 )
-from kamal_lib.recipes.skd import DATA, skd
+from kamal_lib.recipes.data import DATA
 from kamal_lib.recipes.skd import GROUPS as SKD
+from kamal_lib.recipes.skd import skd
 from kamal_lib.recipes.structured import SegmenterScores
 from kamal_lib.recipes.three_teachers import GROUPS as THREE
 from kamal_lib.recipes.three_teachers import three_teachers

@@ -178,6 +178,9 @@ FARTHEST = 80.0
 
 Data = RoomsData | NYUv2Data | CamVidData | CityscapesData
 
+DATA = ("rooms", "nyuv2", "camvid", "cityscapes")
+"""What reports and the command line call them; amalgamation takes the first two, parsing all."""
+
 
 @cache
 def preloaded(data: NYUv2Data | CamVidData | CityscapesData, name: str) -> Preloaded:

@@ -16,12 +16,10 @@ from kamal_lib.models.segmenters import (
     SLIM_TEACHER,
     SegmenterArchitecture,
 )
-from kamal_lib.recipes.data import CamVidData, CityscapesData, Data, NYUv2Data
+from kamal_lib.recipes.data import DATA, CamVidData, CityscapesData, Data, NYUv2Data
 from kamal_lib.recipes.profiles import GPU, QUICK, SECONDS, profile_named
 from kamal_lib.recipes.structured import CriticPlan, Graph, SegmenterTeacher, StructuredStudent
 from kamal_lib.recipes.two_teachers import Rows
-
-DATA = ("rooms", "nyuv2", "camvid", "cityscapes")
 
 LAMBDA = {"pixel": 10.0, "pair": 10.0, "holistic": 0.1}
 """λ1, λ1 and λ2 of Eq. 4. The losses that are compared with pair-wise distillation get its λ."""
