@@ -194,6 +194,23 @@ class Measurements:
         found |= {"difference": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}
         return found | {"verdict": verdict(low + allowed, high + allowed, BETTER[metric])}
 
+    def combine(self, name: str, signs: Mapping[str, float], metric: str) -> dict[str, Any]:
+        """A sum of rows' scores, {row: factor}, such as a difference of differences, and whether it is good.
+
+        As `compare`, with "row" the given name; the verdict is that the sum is on the metric's better side
+        of 0. The rows must have the same seeds; raises ValueError where they have not.
+        """
+        if len({tuple(self.scores[row]) for row in signs}) != 1:
+            raise ValueError(
+                f"the rows {list(signs)} were not measured on the same seeds: give those that were"
+            )
+        seeds = list(self.scores[next(iter(signs))])
+        low, high = interval(sum(f * self.resampled(row, metric) for row, f in signs.items()))
+        by_seed = [sum(f * self.scores[row][s][metric] for row, f in signs.items()) for s in seeds]
+        found = {"row": name, "reference": "", "metric": metric, "seeds": seeds, "by_seed": by_seed}
+        found |= {"difference": float(np.mean(by_seed)), "low": low, "high": high}
+        return found | {"verdict": verdict(low, high, BETTER[metric])}
+
     def _draws(self, row: str, metric: str, seeds: tuple[int, ...]) -> np.ndarray:
         (task,) = (t for t in self.tasks if (row, t) in self._states and metric in self._names(t))
         if (row, task, seeds) not in self._drawn:
