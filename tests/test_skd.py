@@ -4,16 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Subset
 
 from kamal_lib import recipes
 from kamal_lib.engine import Schedule
+from kamal_lib.losses.adversarial import hinge_loss, wasserstein_loss
+from kamal_lib.losses.features import attention_loss
 from kamal_lib.losses.structured import pair_wise_loss
+from kamal_lib.models.critic import SelfAttention
 from kamal_lib.models.segmenters import SLIM_STUDENT, SLIM_STUDENT_HALF
 from kamal_lib.recipes import __main__ as command
 from kamal_lib.recipes import skd as study
 from kamal_lib.recipes.data import CamVidData, OneTarget
-from kamal_lib.recipes.skd import ALL, GROUPS, PI, PI_PA, skd, skd_teachers, student
+from kamal_lib.recipes.skd import ALL, CRITICS, GROUPS, PI, PI_PA, skd, skd_teachers, student
 from kamal_lib.recipes.structured import (
     CriticPlan,
     Graph,
@@ -171,14 +175,59 @@ def test_graphs_share_the_weight_of_the_pair_wise_term(teacher):
     assert float(fused(batch)["pair 2"].detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 
-def test_comparison_losses_and_the_hinge_train(teacher):
-    for terms in (("pixel", "mimic"), ("pixel", "attention"), ("pixel", "attention, public form")):
-        history = recipes.trained(student(teacher, "smoke", terms)).history
-        assert terms[1] in history[-1]
+BATCH = {
+    "image": torch.rand(2, 3, 32, 48),
+    "labels": torch.arange(32 * 48).reshape(1, 32, 48).repeat(2, 1, 1) % 13,
+}
+
+
+def test_comparison_losses_are_those_of_their_names(teacher):
+    """Each with the weight of pair-wise distillation, on the last features."""
+    for name, form in (("attention", "paper"), ("attention, public form", "public")):
+        recipe = student(teacher, "smoke", ("pixel", name))
+        objective = recipe.objective(recipe.fresh(), recipes.load(teacher), None).train()
+        found = objective(BATCH)[name]
+        ours, theirs = (
+            n.features_and_response(BATCH["image"])[0] for n in (objective.student, *objective._teacher)
+        )
+        assert float(found.detach()) == pytest.approx(
+            10 * float(attention_loss(ours, theirs, form=form).detach()), rel=1e-5
+        )
+    recipe = student(teacher, "smoke", ("pixel", "mimic"))
+    objective = recipe.objective(recipe.fresh(), recipes.load(teacher), None)
+    assert {n.split(".")[0] for n, _ in objective.named_parameters()} == {"student", "learning"}
+    assert "mimic" in recipes.trained(recipe).history[-1]
+
+
+def test_the_critic_is_built_and_trained_as_planned(teacher):
+    for row, (attentions, blocks) in CRITICS.items():
+        plan = CriticPlan(attentions=attentions, blocks=blocks)
+        critic = plan.fresh(student(teacher, "smoke").task, 0)
+        layers = list(critic.modules())
+        assert sum(isinstance(layer, SelfAttention) for layer in layers) == attentions, row
+        assert len([layer for layer in critic.layers if isinstance(layer, nn.Conv2d)]) == blocks, row
+    recipe = student(teacher, "smoke", ALL)
+    objective, schedule = recipe.opponent(
+        recipe.critic.fresh(recipe.task, 0), recipe.fresh(), recipes.load(teacher), recipe.schedule
+    )
+    assert (schedule.learning_rate, schedule.weight_decay) == (4e-4, 0.0)
+    assert (schedule.epochs, schedule.batch_size) == (recipe.schedule.epochs, recipe.schedule.batch_size)
+    assert objective.penalty == 10.0
+    assert objective.loss is wasserstein_loss
     hinge = student(teacher, "smoke", ALL, critic=CriticPlan(loss="hinge", penalty=0.0, norm=False))
-    history = recipes.trained(hinge).history[-1]
-    assert "critic" in history
-    assert "penalty" not in history
+    critic = hinge.critic.fresh(hinge.task, 0)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in critic.modules())
+    other, _ = hinge.opponent(critic, hinge.fresh(), recipes.load(teacher), hinge.schedule)
+    assert other.loss is hinge_loss
+    assert other(BATCH).keys() == {"critic"}
+
+
+def test_rows_start_from_the_same_weights(rows):
+    table = rows["table1"]
+    first = table["labels (1.0)"][0].fresh().state_dict()
+    for name in ("PI (1.0)", "PI + PA (1.0)", "PI + PA + HO (1.0)"):
+        other = table[name][0].fresh().state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in first.items())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from kamal_lib import studies
 from kamal_lib.metrics import DepthErrors, SegmentationScores, image_states
 from kamal_lib.recipes import NYUv2Data, label_curve, task_teachers, three_teachers, two_teachers
+from kamal_lib.recipes.skd import GROUPS, skd
 from kamal_lib.studies import bootstrap, committed, config_hash, interval, record, stale
 from kamal_lib.tasks import Depth, Segmentation
 
@@ -170,6 +171,21 @@ def test_paired_differences_and_their_verdicts():
         found.compare("other", "good", "miou")
 
 
+def test_a_difference_of_differences_is_drawn_as_one():
+    """(2·good − bad) − good = good − bad, in the same draws; a row of other seeds is refused."""
+    found = measured()
+    plain = found.compare("good", "bad", "miou")
+    both = found.combine("steps", {"good": 1, "bad": -1}, "miou")
+    for name in ("difference", "low", "high", "by_seed", "verdict"):
+        assert both[name] == pytest.approx(plain[name]) if name != "verdict" else plain[name]
+    assert (both["row"], both["seeds"]) == ("steps", [1, 2, 3])
+    twice = found.combine("twice", {"good": 2, "bad": -2}, "miou")
+    assert twice["low"] == pytest.approx(2 * plain["low"])
+    assert found.combine("less", {"good": -1, "bad": 1}, "miou")["verdict"] == "opposite seen"
+    with pytest.raises(ValueError, match="not measured on the same seeds"):
+        found.combine("late", {"late": 1, "bad": -1}, "miou")
+
+
 def test_shared_images_make_wider_intervals_than_images_apart():
     """Three seeds on the same images: drawn together, what one resample has too much of is not levelled."""
     g = torch.Generator().manual_seed(0)
@@ -233,6 +249,19 @@ def test_committed_rows_are_those_of_todays_recipes(study):
             rows = {row for row, of, _ in measured if of == seed}
             here = {each for each in measured if each[1] == seed and ": self-distilled" not in each[0]}
             assert {each for each in asked if each[0] in rows} == here, f"{path.name} is stale: run it again"
+
+
+def test_committed_rows_of_structured_distillation_are_those_of_todays_recipes():
+    """On rooms; how many epochs CamVid's students take depends on how many images there are."""
+    section = committed("skd")["data"]["rooms"]
+    measured = {(run["row"], run["seed"], run["config"]) for run in section["runs"]}
+    asked = {
+        (row, seed, config_hash(network))
+        for seed in section["seeds"]
+        for group in GROUPS
+        for row, (network,) in skd(group, "quick", seed=seed).items()
+    }
+    assert asked == measured, "skd.quick.json is stale: run it again"
 
 
 def test_the_readme_says_what_the_study_measured():
