@@ -194,7 +194,7 @@ class Measurements:
         found |= {"difference": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}
         return found | {"verdict": verdict(low + allowed, high + allowed, BETTER[metric])}
 
-    def combine(self, name: str, signs: Mapping[str, float], metric: str) -> dict[str, Any]:
+    def combine(self, name: str, signs: Mapping[str, int | float], metric: str) -> dict[str, Any]:
         """A sum of rows' scores, {row: factor}, such as a difference of differences, and whether it is good.
 
         As `compare`, with "row" the given name; the verdict is that the sum is on the metric's better side
