@@ -274,3 +274,7 @@ def test_the_readme_says_what_the_study_measured():
         numbers = (f"{row[name]:+.3f}".replace("-", "−") for name in ("difference", "low", "high"))
         mean, low, high = numbers
         assert any(f"{mean}, {words}{low} to {high}" in readme for words in ("", "95 % interval "))
+    steps = committed("skd")["data"]["rooms"]["added"]
+    gains = [steps[student][-1] for student in ("(1.0)", "(0.5)")]
+    assert {gain["verdict"] for gain in gains} == {"holds"}
+    assert "by {:.3f} and {:.3f} for sure".format(*(gain["difference"] for gain in gains)) in readme
