@@ -205,7 +205,7 @@ class Measurements:
                 f"the rows {list(signs)} were not measured on the same seeds: give those that were"
             )
         seeds = list(self.scores[next(iter(signs))])
-        low, high = interval(sum(f * self.resampled(row, metric) for row, f in signs.items()))
+        low, high = interval(np.sum([f * self.resampled(row, metric) for row, f in signs.items()], axis=0))
         by_seed = [sum(f * self.scores[row][s][metric] for row, f in signs.items()) for s in seeds]
         found = {"row": name, "reference": "", "metric": metric, "seeds": seeds, "by_seed": by_seed}
         found |= {"difference": float(np.mean(by_seed)), "low": low, "high": high}
