@@ -300,3 +300,12 @@ def test_the_command_line_trains_a_group(capsys):
     with pytest.raises(SystemExit):
         command.main(["skd", "--rows", "table1", "--profile", "smoke", "--data", "camvid"])
     assert "needs data_root" in capsys.readouterr().err
+
+
+def test_rows_take_as_many_unlabelled_images_as_there_are(monkeypatch, teacher):
+    """NYUDv2 has fewer than rooms; CamVid and Cityscapes have none, and not these rows."""
+    for spare, count in ((1000, 8), (5, 5), (0, 0)):
+        monkeypatch.setattr(type(teacher.data), "labels", lambda _, spare=spare: (8, 8 + spare))
+        rows = study.table8_rows({"segmentation": teacher}, "smoke")
+        assert {n.unlabelled for (n,) in rows.values()} - {0} == ({count} if count else set())
+        assert len(rows) == (4 if count else 2)

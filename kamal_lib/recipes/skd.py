@@ -16,7 +16,7 @@ from kamal_lib.models.segmenters import (
     SLIM_TEACHER,
     SegmenterArchitecture,
 )
-from kamal_lib.recipes.data import DATA, CamVidData, CityscapesData, Data, NYUv2Data, RoomsData
+from kamal_lib.recipes.data import DATA, CamVidData, CityscapesData, Data, NYUv2Data
 from kamal_lib.recipes.profiles import GPU, QUICK, SECONDS, profile_named
 from kamal_lib.recipes.structured import CriticPlan, Graph, SegmenterTeacher, StructuredStudent
 from kamal_lib.recipes.two_teachers import Rows
@@ -218,17 +218,23 @@ def table6_rows(teachers: Mapping[str, SegmenterTeacher], profile: str | None) -
     return {f"PI + {row}": (student(teacher, profile, ("pixel", name)),) for row, name in names.items()}
 
 
+def unlabelled_of(data: Data, profile: str | None) -> int:
+    """How many unlabelled images a row takes: the profile's number, or what there is."""
+    labelled, most = data.labels()
+    return min(size_of(profile).unlabelled, most - labelled)
+
+
 def table8_rows(teachers: Mapping[str, SegmenterTeacher], profile: str | None) -> Rows:
     """Table 8 and Fig. 10: ESPNet-C, and unlabelled images beside the labelled ones in as many steps.
 
     CamVid, as the study takes it, and Cityscapes have no unlabelled images, and not these rows.
     """
-    teacher, more = teachers["segmentation"], size_of(profile).unlabelled
+    teacher, more = teachers["segmentation"], unlabelled_of(teachers["segmentation"].data, profile)
     rows: Rows = {
         f"ESPNet-C, {name}": (student(teacher, profile, STEPS[name], network="ESPNet-C"),)
         for name in ("labels", "PI + PA + HO")
     }
-    if not isinstance(teacher.data, RoomsData | NYUv2Data):
+    if not more:
         return rows
     for network, name in (
         ("ESPNet-C", "ESPNet-C, PI + PA + HO, unlabelled"),
@@ -243,11 +249,13 @@ DEPTH = {"labels": (), "PI": PI, "PA": ("pair",), "PA + HO": ("pair", "holistic"
 
 def depth_rows(teachers: Mapping[str, SegmenterTeacher], profile: str | None) -> Rows:
     """Tables 10 and 11: depth as a choice among log-spaced bins."""
-    teacher, more = teachers["depth"], size_of(profile).unlabelled
+    teacher, more = teachers["depth"], unlabelled_of(teachers["depth"].data, profile)
     rows: Rows = {"depth: teacher": (teacher,)}
     rows |= {f"depth: {name}": (student(teacher, profile, terms),) for name, terms in DEPTH.items()}
-    unlabelled = student(teacher, profile, DEPTH["PA + HO"], unlabelled=more)
-    return rows | {"depth: PA + HO, unlabelled": (unlabelled,)}
+    if more:
+        unlabelled = student(teacher, profile, DEPTH["PA + HO"], unlabelled=more)
+        rows["depth: PA + HO, unlabelled"] = (unlabelled,)
+    return rows
 
 
 GROUPS = {
