@@ -18,6 +18,7 @@
 #
 # Variables of `report` and `study`; those that are not set keep the notebook's own default:
 #   DATA=rooms|nyuv2|camvid|cityscapes  DATA_ROOT=path  PROFILE=smoke|quick|gpu  SEED=number  OUT=folder  STUDY=name
+#   LESSONS="06 07": these only
 # KAMAL_STORE names the folder of trained models and rooms (default: data/store).
 
 # Threads soon fall asleep while they wait: with a second program on the same two cores, those that wait awake
@@ -53,7 +54,7 @@ help:  ## this list
 install: .venv/.ready  ## make .venv and install what the workbook needs
 
 report: .venv/.ready  ## run the lessons: executed notebooks, HTML, results and index in report/
-	$(PY) -m kamal_lib.report $(OPTIONS)
+	$(PY) -m kamal_lib.report $(LESSONS) $(OPTIONS)
 
 study: .venv/.ready  ## run one study: make study STUDY=ka_options PROFILE=quick
 	$(PY) -m kamal_lib.report --study "$(STUDY)" $(OPTIONS)

@@ -237,7 +237,8 @@ def test_rows_start_from_the_same_weights(rows):
         ({"weights": (("pixel", 1.0), ("pixel", 2.0))}, "terms must be"),
         ({"unlabelled": 4}, "nothing to learn from unlabelled"),
         ({"labelled": False, "weights": (("pixel", 1.0),)}, "no images"),
-        ({"unlabelled": -1, "weights": (("pixel", 1.0),)}, "from 0 on"),
+        ({"unlabelled": -1, "weights": (("pixel", 1.0),)}, "0 to 8 images"),
+        ({"unlabelled": 9, "weights": (("pixel", 1.0),)}, "0 to 8 images"),
         ({"weights": (("pair", 1.0),), "graphs": ()}, "needs a graph"),
         ({"start": "ImageNet"}, "start must be one of"),
     ],
@@ -253,8 +254,12 @@ def test_what_does_not_go_together_is_refused(teacher):
         student(teacher, "smoke", network="0.5", start=start)
     with pytest.raises(ValueError, match="network must be one of"):
         student(teacher, "smoke", network="2.0")
-    with pytest.raises(ValueError, match="must be 1 to 8, as many as there are"):
-        student(teacher, "smoke", PI, unlabelled=9).images()
+    with pytest.raises(ValueError, match="tuple of names"):
+        student(teacher, "smoke", "pixel")
+    with pytest.raises(ValueError, match="give both the same profile"):
+        student(teacher, "quick")
+    with pytest.raises(ValueError, match="task must be one of segmentation, depth"):
+        replace(teacher, task="segmentatoin")
     with pytest.raises(ValueError, match="must be 'wasserstein' or 'hinge'"):
         CriticPlan(loss="wgan")
     with pytest.raises(ValueError, match="ImageNet weights exist"):
@@ -297,6 +302,9 @@ def test_the_command_line_trains_a_group(capsys):
     with pytest.raises(SystemExit):
         command.main(["skd", "--rows", "core", "--profile", "smoke"])
     assert "does not go with skd" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["skd", "--profile", "smoke"])
+    assert "skd needs --rows" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["skd", "--rows", "table1", "--profile", "smoke", "--data", "camvid"])
     assert "needs data_root" in capsys.readouterr().err

@@ -150,6 +150,17 @@ def test_a_click_chooses_the_pixel_and_the_buttons_are_the_image():
     np.testing.assert_allclose(colour, mean, atol=0.005)
 
 
+def test_a_browser_starts_with_few_messages_and_without_too_many_buttons(monkeypatch):
+    """Two for each button that opens; a kernel drops messages when a thousand are waiting."""
+    sent = []
+    monkeypatch.setattr(ipywidgets.Widget, "_send", lambda self, *a, **k: sent.append(self))
+    affinity_browser(IMAGES, FEATURES, start=(2, 3))
+    assert not [w for w in sent if isinstance(w, ipywidgets.Button | ipywidgets.ButtonStyle)]
+    wide = {name: noise(3, 4, 20, 24) for name in ("teacher", "student")}
+    clickable, *_, pixel, _ = parts(affinity_browser(IMAGES, wide))
+    assert (len(clickable.children), len(pixel.options)) == (0, 480)
+
+
 @pytest.mark.parametrize("wrong", [{"teacher": noise(2, 7, 6, 8), "alone": noise(3, 4, 6, 8)}, {}])
 def test_features_of_other_images(wrong: dict[str, torch.Tensor]):
     with pytest.raises(ValueError, match="3 images need as many features of every network"):

@@ -45,7 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stage in ("label_curve", *STUDIES) and options.start != "random":
         parser.error(f"the study's rule starts all teachers at random: leave --start out for {options.stage}")
     if options.rows not in STUDIES.get(options.stage, (None, (None,), None))[1]:
-        parser.error(f"--rows {options.rows} does not go with {options.stage}; {groups}")
+        wanted = (
+            f"{options.stage} needs --rows"
+            if options.rows is None
+            else f"--rows {options.rows} does not go with {options.stage}"
+        )
+        parser.error(f"{wanted}; {groups}")
     first = processes()[1] == 0  # one of torchrun's processes speaks for all
     try:
         run = {"data": options.data, "data_root": options.data_root, "seed": options.seed}

@@ -1,6 +1,6 @@
 """Study `skd`: teachers, students and the rows of Liu et al.'s tables as recipes, for one seed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,7 +126,7 @@ def for_steps(schedule: Schedule, steps: int, data: Data) -> Schedule:
 def student(
     teacher: SegmenterTeacher,
     profile: str | None = None,
-    terms: tuple[str, ...] = (),
+    terms: Sequence[str] = (),
     *,
     network: str = "1.0",
     **fields: Any,
@@ -135,9 +135,16 @@ def student(
 
     `network` is "1.0", "0.5" or "ESPNet-C"; further fields are those of `StructuredStudent`. Its images come
     in another order than the teacher's, and it starts from other weights. Raises ValueError for another
-    network, and as `StructuredStudent`.
+    network, terms that are one word, a teacher of another profile, and as `StructuredStudent`.
     """
     size = size_of(profile)
+    if isinstance(terms, str):
+        raise ValueError(f"the terms must be a tuple of names, such as ('pixel',), got {terms!r}")
+    if teacher.data.size != size.size:
+        raise ValueError(
+            f"the teacher's images are {teacher.data.size}, those of this profile {size.size}: give both the "
+            "same profile, or build a StructuredStudent yourself"
+        )
     if network not in size.students:
         raise ValueError(f"network must be one of {', '.join(size.students)}, got {network!r}")
     return replace(

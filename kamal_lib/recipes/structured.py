@@ -28,7 +28,7 @@ from kamal_lib.models import espnet, segmenters
 from kamal_lib.models.critic import Critic
 from kamal_lib.models.segmenters import Segmenter, SegmenterArchitecture, build_segmenter
 from kamal_lib.recipes import teachers
-from kamal_lib.recipes.data import FARTHEST, CityscapesData, Data, OneTarget, fitted, scores
+from kamal_lib.recipes.data import FARTHEST, CityscapesData, Data, OneTarget, RoomsData, fitted, scores
 from kamal_lib.recipes.teachers import ImageScores
 from kamal_lib.tasks import DirectObjective, LogDepth, Segmentation, Task
 
@@ -49,7 +49,7 @@ def structured_tasks(data: Data) -> dict[str, Task]:
 class SegmenterTeacher(Recipe):
     """A segmenter that learns one task from labelled images: the teacher, or a start for the student.
 
-    `weights` are "random", or "imagenet" for its encoder.
+    `weights` are "random", or "imagenet" for its encoder. Raises ValueError for another task.
     """
 
     task: str
@@ -58,6 +58,10 @@ class SegmenterTeacher(Recipe):
     schedule: Schedule
     seed: int
     weights: str = "random"
+
+    def __post_init__(self):
+        if self.task not in (there := structured_tasks(self.data)):
+            raise ValueError(f"task must be one of {', '.join(there)}, got {self.task!r}")
 
     def sources(self) -> tuple[ModuleType, ...]:
         return SOURCES
@@ -179,8 +183,11 @@ class StructuredStudent(Recipe):
             raise ValueError("without a term there is nothing to learn from unlabelled images: give weights")
         if not (self.labelled or self.unlabelled):
             raise ValueError("no images: set `labelled`, or a number of unlabelled ones")
-        if self.unlabelled < 0:
-            raise ValueError(f"unlabelled must be a number of images from 0 on, got {self.unlabelled}")
+        most = self.data.unlabelled if isinstance(self.data, RoomsData) else math.inf
+        if not 0 <= self.unlabelled <= most:
+            raise ValueError(
+                f"unlabelled must be 0 to {most} images, as many as there are, got {self.unlabelled}"
+            )
         if "pair" in terms and not self.graphs:
             raise ValueError("pair-wise distillation needs a graph: give one, or leave 'pair' out")
         words = ("random", "imagenet")

@@ -28,6 +28,8 @@ MOST = 0.25
 MARK = "#d55e00"
 BLANK = "\N{NO-BREAK SPACE}"
 """The text of a button without one: a browser keeps the old text where the new one is empty."""
+MOST_BUTTONS = 400
+"""Of a clickable image; beyond it the page is slow, and a kernel drops messages."""
 
 
 def affinity(
@@ -131,7 +133,9 @@ def affinity_browser(
     """Click a pixel of the image: a button for each pixel of the features, in the image's mean colour there.
 
     Sliders choose the image, the range α as a radius in nodes, and the granularity β; below is `draw`. A
-    slider over pixels does what a click does, for keyboards. `start` is the first pixel, row and column.
+    slider over pixels does what a click does, for keyboards, and alone where there would be more than
+    `MOST_BUTTONS`. `start` is the first pixel, row and column.
+
     Raises ValueError as `draw`, and unless every network has features of each image.
     """
     counts = {name: len(maps) for name, maps in features.items()}
@@ -148,19 +152,37 @@ def affinity_browser(
     spots = [(f"{r}, {c}", (r, c)) for r in range(height) for c in range(width)]
     pixel = ipywidgets.SelectionSlider(options=spots, value=start, description="pixel", **late)
     side = ipywidgets.Layout(width="22px", height="22px", margin="0", padding="0")
-    buttons = [ipywidgets.Button(layout=side, tooltip=f"row and column {name}") for name, _ in spots]
-    for button, (_, spot) in zip(buttons, spots, strict=True):
+
+    def looks(index: int, pixel: tuple[int, int]) -> list[dict[str, str]]:
+        """Colours and text of every button."""
+        small = F.adaptive_avg_pool2d(images[index], (height, width)).clamp(0, 1).flatten(1).T
+        return [
+            {
+                "button_color": to_hex(tuple(colour.tolist())),
+                "text_color": "black" if float(colour.mean()) > 0.5 else "white",
+                "description": "×" if spot == pixel else BLANK,
+            }
+            for (_, spot), colour in zip(spots, small, strict=True)
+        ]
+
+    # Each with its looks from the start: to set them afterwards would be a message each, and a kernel drops
+    # messages, its "done" among them, when a thousand are waiting.
+    buttons = []
+    for (name, spot), look in zip(spots, looks(0, start), strict=True) if len(spots) <= MOST_BUTTONS else ():
+        style = ipywidgets.ButtonStyle(button_color=look["button_color"], text_color=look["text_color"])
+        button = ipywidgets.Button(
+            layout=side, style=style, description=look["description"], tooltip=f"row and column {name}"
+        )
         button.on_click(lambda _, spot=spot: setattr(pixel, "value", spot))
+        buttons.append(button)
     clickable = ipywidgets.GridBox(
         buttons, layout=ipywidgets.Layout(grid_template_columns=f"repeat({width}, 22px)", grid_gap="0")
     )
 
     def show(index: int, pixel: tuple[int, int], radius: int, patch: int) -> None:
-        colours = F.adaptive_avg_pool2d(images[index], (height, width)).clamp(0, 1).flatten(1).T
-        for button, (_, spot), colour in zip(buttons, spots, colours, strict=True):
-            button.style.button_color = to_hex(tuple(colour.tolist()))
-            button.style.text_color = "black" if float(colour.mean()) > 0.5 else "white"
-            button.description = "×" if spot == pixel else BLANK
+        for button, look in zip(buttons, looks(index, pixel), strict=False):
+            button.description = look["description"]
+            button.style.button_color, button.style.text_color = look["button_color"], look["text_color"]
         maps = {name: each[index] for name, each in features.items()}
         display(draw(images[index], maps, *pixel, patch=patch, radius=radius or None))
 
