@@ -11,7 +11,7 @@ from PIL import Image
 
 from kamal_lib.data.cityscapes import CLASSES_19, Cityscapes, cities_of, depth_from_disparity
 from kamal_lib.data.loaders import Preloaded, loader
-from kamal_lib.data.transforms import eval_transform, train_transform
+from kamal_lib.data.transforms import eval_transform, seeded, train_transform
 from kamal_lib.recipes.data import CityscapesData
 from kamal_lib.recipes.structured import structured_tasks
 from kamal_lib.sample import VOID, Depth, known_depth
@@ -209,7 +209,8 @@ def test_flip_zoom_and_resize_keep_image_labels_and_depth_together(root: Path) -
     sample["image"][:] = car.float()
     sample["depth"] = Depth(torch.where(car, 20.0, 60.0))
     larger = eval_transform((4 * HEIGHT, 4 * WIDTH))(sample)
-    zoomed = train_transform((4 * HEIGHT, 4 * WIDTH), scale=(2.0, 2.0))(sample)
+    zoom_in = train_transform((4 * HEIGHT, 4 * WIDTH), scale=(2.0, 2.0))
+    zoomed = seeded(zoom_in, sample, seed=0, epoch=0, index=0)  # a window with a car in it
     for moved, zoom in ((larger, 1), (zoomed, 2)):
         assert moved["image"].shape == (3, 4 * HEIGHT, 4 * WIDTH)
         is_car = moved["labels"] == CLASSES_19.index("car")
