@@ -7,7 +7,7 @@ or the way differ.
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from kamal_lib.engine import Schedule
 from kamal_lib.models.target_net import Network, TargetNet, branch_out
 from kamal_lib.recipes import amalgamation
 from kamal_lib.recipes.amalgamation import Amalgamation, BranchedStudent
-from kamal_lib.recipes.data import Data, fitted, scores, tasks_of
+from kamal_lib.recipes.data import Data, fitted, in_steps, scores, tasks_of
 from kamal_lib.recipes.teachers import TaskTeacher
 from kamal_lib.tasks import DirectObjective
 
@@ -38,7 +38,7 @@ def equal_steps(plan: Amalgamation, fine_tuning: Schedule, images: int) -> Sched
     trained = plan.teachers[0].start.architecture.blocks - plan.first_block + 1
     steps = trained * plan.blocks.epochs * math.ceil(unlabelled / plan.blocks.batch_size)
     steps += fine_tuning.epochs * math.ceil(unlabelled / fine_tuning.batch_size)
-    return replace(fine_tuning, epochs=max(1, round(steps / math.ceil(images / fine_tuning.batch_size))))
+    return in_steps(fine_tuning, steps, images)
 
 
 @dataclass(frozen=True)

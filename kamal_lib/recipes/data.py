@@ -1,7 +1,8 @@
 """What a run learns from and is measured on: data sets with their sizes, as part of every recipe's key."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -67,18 +68,38 @@ class RoomsData:
         )
 
 
+class Photographs:
+    """What data that are read from a folder share; all of the labelled images can be taught."""
+
+    size: tuple[int, int]
+
+    def images(self, name: str) -> Dataset:
+        """A part in its own size."""
+        raise NotImplementedError
+
+    def part(self, name: str) -> Dataset:
+        """The samples of "labelled", "unlabelled", "validation" or "test"."""
+        return preloaded(self, name)
+
+    def labels(self) -> tuple[int, int]:
+        """(images in the labelled part, the most that a teacher can be given labels of): the same."""
+        count = len(self.images("labelled"))  # pyright: ignore[reportArgumentType]
+        return count, count
+
+    def teaching(self, labels: int | None) -> Dataset:
+        """The first `labels` labelled images, None for all. Raises ValueError for more than there are."""
+        part = self.part("labelled")
+        return part if labels is None else Subset(part, range(checked(labels, self.labels()[1])))
+
+
 @dataclass(frozen=True)
-class NYUv2Data:
+class NYUv2Data(Photographs):
     """NYUDv2 in the folder convention: three parts of the official training set, and its test set."""
 
     root: str
     size: tuple[int, int]
     world: int = 0
     classes: tuple[str, ...] = CLASSES_13
-
-    def part(self, name: str) -> Dataset:
-        """The samples of "labelled", "unlabelled", "validation" or "test"."""
-        return preloaded(self, name)
 
     def images(self, name: str) -> Dataset:
         """The part in its own size."""
@@ -100,17 +121,13 @@ class NYUv2Data:
 
 
 @dataclass(frozen=True)
-class CamVidData:
+class CamVidData(Photographs):
     """CamVid in its official division; unlabelled are training images of the Cityscapes in `street_root`."""
 
     root: str
     size: tuple[int, int]
     street_root: str | None = None
     classes: tuple[str, ...] = camvid.CLASSES
-
-    def part(self, name: str) -> Dataset:
-        """The samples of "labelled", "unlabelled", "validation" or "test"."""
-        return preloaded(self, name)
 
     def images(self, name: str) -> Dataset:
         """The part in its own size. Raises ValueError for "unlabelled" without a Cityscapes."""
@@ -124,18 +141,9 @@ class CamVidData:
             )
         return cityscapes.Cityscapes(self.street_root, "train", annotated=False)
 
-    def labels(self) -> tuple[int, int]:
-        """(images in the labelled part, the most that a teacher can be given labels of): the same."""
-        count = len(camvid.CamVid(self.root, "train"))
-        return count, count
-
-    def teaching(self, labels: int | None) -> Dataset:
-        """The first `labels` labelled images, None for all. Raises ValueError for more than there are."""
-        return self.part("labelled") if labels is None else first(self, labels)
-
 
 @dataclass(frozen=True)
-class CityscapesData:
+class CityscapesData(Photographs):
     """Cityscapes with depth from disparity.
 
     Labelled are its training cities but three, validation is these three, and the test is its official
@@ -146,10 +154,6 @@ class CityscapesData:
     size: tuple[int, int]
     classes: tuple[str, ...] = cityscapes.CLASSES_19
 
-    def part(self, name: str) -> Dataset:
-        """The samples of "labelled", "validation" or "test"."""
-        return preloaded(self, name)
-
     def images(self, name: str) -> Dataset:
         """The part in its own size. Raises ValueError for another part."""
         if name == "test":
@@ -159,15 +163,6 @@ class CityscapesData:
         there = set(cityscapes.cities_of(self.root, "train"))
         cities = there - VALIDATION_CITIES if name == "labelled" else there & VALIDATION_CITIES
         return cityscapes.Cityscapes(self.root, "train", cities=cities, farthest=FARTHEST)
-
-    def labels(self) -> tuple[int, int]:
-        """(images in the labelled part, the most that a teacher can be given labels of): the same."""
-        count = len(self.images("labelled"))  # pyright: ignore[reportArgumentType]
-        return count, count
-
-    def teaching(self, labels: int | None) -> Dataset:
-        """The first `labels` labelled images, None for all. Raises ValueError for more than there are."""
-        return self.part("labelled") if labels is None else first(self, labels)
 
 
 VALIDATION_CITIES = {"ulm", "weimar", "zurich"}
@@ -183,14 +178,9 @@ DATA = ("rooms", "nyuv2", "camvid", "cityscapes")
 
 
 @cache
-def preloaded(data: NYUv2Data | CamVidData | CityscapesData, name: str) -> Preloaded:
+def preloaded(data: Photographs, name: str) -> Preloaded:
     """A part decoded and resized; kept, since every training of a process would decode it again."""
     return Preloaded(data.images(name), eval_transform(data.size))
-
-
-def first(data: CamVidData | CityscapesData, labels: int) -> Dataset:
-    """The first labelled images. Raises ValueError for more than there are."""
-    return Subset(data.part("labelled"), range(checked(labels, data.labels()[1])))
 
 
 def checked(labels: int, there: int) -> int:
@@ -198,6 +188,11 @@ def checked(labels: int, there: int) -> int:
     if not 1 <= labels <= there:
         raise ValueError(f"labels must be a number of images from 1 to {there}, got {labels}")
     return labels
+
+
+def in_steps(schedule: Schedule, steps: int, images: int) -> Schedule:
+    """The schedule with so many steps on this number of images, in whole epochs: to within half a one."""
+    return replace(schedule, epochs=max(1, round(steps / math.ceil(images / schedule.batch_size))))
 
 
 def tasks_of(data: Data) -> dict[str, Task]:

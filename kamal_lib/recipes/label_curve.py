@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from kamal_lib.recipes.data import in_steps
 from kamal_lib.recipes.profiles import profile_named, task_teachers
 from kamal_lib.recipes.teachers import TaskTeacher
 
@@ -30,7 +31,6 @@ def with_labels(teacher: TaskTeacher, count: int) -> TaskTeacher:
     """The teacher with `count` labelled images and, to within an epoch, its own number of steps."""
     labelled, schedule = teacher.data.labels()[0], teacher.schedule
     steps = schedule.epochs * math.ceil(labelled / schedule.batch_size)
-    epochs = max(1, round(steps / math.ceil(count / schedule.batch_size)))
     # as many as the labelled part has: the teacher itself, the same artefact
     labels = None if count == labelled else count
-    return replace(teacher, schedule=replace(schedule, epochs=epochs), labels=labels)
+    return replace(teacher, schedule=in_steps(schedule, steps, count), labels=labels)

@@ -16,10 +16,10 @@ from kamal_lib.models.segmenters import (
     SLIM_TEACHER,
     SegmenterArchitecture,
 )
-from kamal_lib.recipes.data import DATA, CamVidData, CityscapesData, Data, NYUv2Data
+from kamal_lib.recipes.data import DATA, CamVidData, CityscapesData, Data, NYUv2Data, in_steps
 from kamal_lib.recipes.profiles import GPU, QUICK, SECONDS, profile_named
 from kamal_lib.recipes.structured import CriticPlan, Graph, SegmenterTeacher, StructuredStudent
-from kamal_lib.recipes.two_teachers import Rows
+from kamal_lib.recipes.two_teachers import Rows, of_group
 
 LAMBDA = {"pixel": 10.0, "pair": 10.0, "holistic": 0.1}
 """λ1, λ1 and λ2 of Eq. 4. The losses that are compared with pair-wise distillation get its λ."""
@@ -109,18 +109,12 @@ def skd_teachers(
     A seed redraws everything. `profile` None: KAMAL_PROFILE, else "quick". Raises ValueError as `images`.
     """
     size, source = size_of(profile), images(profile, data=data, data_root=data_root, seed=seed)
-    schedule = for_steps(size.schedule, size.teacher_steps, source)
+    schedule = in_steps(size.schedule, size.teacher_steps, source.labels()[0])
     weights = size.pretrained or "random"
     tasks = ("segmentation",) if isinstance(source, CamVidData) else ("segmentation", "depth")
     return {
         task: SegmenterTeacher(task, source, size.teacher, schedule, seed, weights=weights) for task in tasks
     }
-
-
-def for_steps(schedule: Schedule, steps: int, data: Data) -> Schedule:
-    """The schedule with about so many steps on the labelled images, in whole epochs."""
-    per_epoch = -(-data.labels()[0] // schedule.batch_size)
-    return replace(schedule, epochs=max(1, round(steps / per_epoch)))
 
 
 def student(
@@ -151,7 +145,7 @@ def student(
         StructuredStudent(
             teacher,
             size.students[network],
-            for_steps(size.schedule, size.student_steps, teacher.data),
+            in_steps(size.schedule, size.student_steps, teacher.data.labels()[0]),
             seed=teacher.seed + 1,
             weights=tuple((term, LAMBDA.get(term, LAMBDA["pair"])) for term in terms),
             critic=size.critic,
@@ -181,7 +175,7 @@ def depth_in_other_rooms(teacher: SegmenterTeacher, profile: str | None) -> Segm
     """The larger student's network, taught depth in as many rooms of a world that nothing else uses."""
     size = size_of(profile)
     rooms = replace(profile_named(profile).rooms, world=500 + teacher.seed, size=teacher.data.size)
-    schedule = for_steps(size.schedule, size.student_steps, rooms)
+    schedule = in_steps(size.schedule, size.student_steps, rooms.labelled)
     return SegmenterTeacher("depth", rooms, size.students["1.0"], schedule, teacher.seed)
 
 
@@ -286,12 +280,10 @@ def skd(
 ) -> Rows:
     """The recipes of one group of rows of one seed.
 
-    Raises ValueError for another group, for depth on CamVid, and as
-    `skd_teachers`.
+    Raises ValueError for another group, for depth on CamVid, and as `skd_teachers`.
     """
-    if rows not in GROUPS:
-        raise ValueError(f"rows must be one of {', '.join(GROUPS)}, got {rows!r}")
+    table = of_group(GROUPS, rows)
     teachers = skd_teachers(profile, data=data, data_root=data_root, seed=seed)
     if data == "camvid" and rows == "depth":
         raise ValueError("CamVid has no depth for these rows: take 'rooms', 'nyuv2' or 'cityscapes'")
-    return GROUPS[rows](teachers, profile)
+    return table(teachers, profile)

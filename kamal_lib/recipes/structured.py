@@ -28,7 +28,16 @@ from kamal_lib.models import espnet, segmenters
 from kamal_lib.models.critic import Critic
 from kamal_lib.models.segmenters import Segmenter, SegmenterArchitecture, build_segmenter
 from kamal_lib.recipes import teachers
-from kamal_lib.recipes.data import FARTHEST, CityscapesData, Data, OneTarget, RoomsData, fitted, scores
+from kamal_lib.recipes.data import (
+    FARTHEST,
+    CityscapesData,
+    Data,
+    OneTarget,
+    RoomsData,
+    fitted,
+    in_steps,
+    scores,
+)
 from kamal_lib.recipes.teachers import ImageScores
 from kamal_lib.tasks import DirectObjective, LogDepth, Segmentation, Task
 
@@ -329,7 +338,7 @@ def part_of(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def same_steps(schedule: Schedule, usual: int, images: int) -> Schedule:
     """The schedule with as many steps on `images` images as on `usual` ones, to within half an epoch."""
     steps = schedule.epochs * math.ceil(usual / schedule.batch_size)
-    return replace(schedule, epochs=max(1, round(steps / math.ceil(images / schedule.batch_size))))
+    return in_steps(schedule, steps, images)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kamal_lib.recipes.profiles import arrivals
 from kamal_lib.recipes.teachers import TaskTeacher
-from kamal_lib.recipes.two_teachers import Rows, study_teachers
+from kamal_lib.recipes.two_teachers import Rows, of_group, study_teachers
 
 PARSING, DEPTH, NORMALS = "segmentation", "depth", "normals"
 PAIR = (PARSING, DEPTH)
@@ -80,6 +80,4 @@ def three_teachers(
 
     Raises ValueError for another group, and as `task_teachers`.
     """
-    if rows not in GROUPS:
-        raise ValueError(f"rows must be one of {', '.join(GROUPS)}, got {rows!r}")
-    return GROUPS[rows](study_teachers(profile, data=data, data_root=data_root, seed=seed), profile)
+    return of_group(GROUPS, rows)(study_teachers(profile, data=data, data_root=data_root, seed=seed), profile)

@@ -1,5 +1,6 @@
 """Study `ka_two_teachers`: the rows of its tables as recipes, for one seed."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,13 @@ from kamal_lib.recipes.teachers import CommonStart, TaskTeacher
 
 Rows = dict[str, tuple[Recipe, ...]]
 """{row of a table: the network, or one network a task}."""
+
+
+def of_group(groups: Mapping[str, Callable[..., Rows]], rows: str) -> Callable[..., Rows]:
+    """The group of this name. Raises ValueError where there is none."""
+    if rows not in groups:
+        raise ValueError(f"rows must be one of {', '.join(groups)}, got {rows!r}")
+    return groups[rows]
 
 
 def full_size(architecture: Architecture = VGG16, channels: tuple[int, ...] = (13, 1)) -> dict[str, int]:
@@ -165,9 +173,7 @@ def two_teachers(
 
     Raises ValueError for another group, and as `whole_game`.
     """
-    if rows not in GROUPS:
-        raise ValueError(f"rows must be one of {', '.join(GROUPS)}, got {rows!r}")
-    return GROUPS[rows](study_student(profile, data=data, data_root=data_root, seed=seed))
+    return of_group(GROUPS, rows)(study_student(profile, data=data, data_root=data_root, seed=seed))
 
 
 GROUPS = {
